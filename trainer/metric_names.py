@@ -1,0 +1,54 @@
+"""Every metric, defined once: name, type, help, labels. No torch; anyone may import this.
+
+Prefix `loupe_`, base units, `_total` for counters, timestamps rather than ages.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    """Upper bounds, for histograms."""
+
+
+STEP = Metric("loupe_step", "gauge", "Optimizer steps done in this run, restarts included.")
+IMAGES = Metric("loupe_images_total", "counter", "Images trained on by all ranks since this process started.")
+STEPS_SKIPPED = Metric("loupe_steps_skipped_total", "counter", "Steps skipped, by reason.", ("reason",))
+STEP_SECONDS = Metric(
+    "loupe_step_seconds", "histogram", "Wall time of a step, by stage; stage `total` is the whole step.", ("stage",),
+    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)  # fmt: skip
+LOSS = Metric("loupe_loss", "gauge", "Mean loss of the last interval, by term, before weighting.", ("term",))
+GRADIENT_NORM = Metric("loupe_gradient_norm", "gauge", "Global gradient norm before clipping, last step read.")
+LEARNING_RATE = Metric("loupe_learning_rate", "gauge", "Learning rate of the last step.")
+IMAGES_PER_SECOND = Metric("loupe_images_per_second", "gauge", "Images per second of all ranks, last interval.")
+PHASE = Metric("loupe_phase", "gauge", "Index of the phase that is being trained, by its name.", ("phase",))
+LAST_STEP = Metric("loupe_last_step_timestamp_seconds", "gauge", "When the last step ended, Unix time.")
+CHECKPOINT_LAST = Metric(
+    "loupe_checkpoint_last_success_timestamp_seconds", "gauge", "When the newest checkpoint was committed, Unix time."
+)
+CHECKPOINT_SECONDS = Metric(
+    "loupe_checkpoint_seconds", "histogram", "Time training stood still for a save.", (),
+    (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)  # fmt: skip
+CHECKPOINT_FAILURES = Metric(
+    "loupe_checkpoint_failures_total", "counter", "Failed checkpoint saves or restores.", ("operation",)
+)
+RESTARTS = Metric("loupe_restarts", "gauge", "Times this run has been started again.")
+WORLD_SIZE = Metric("loupe_world_size", "gauge", "Ranks of this job.")
+PEAK_MEMORY = Metric(
+    "loupe_peak_memory_bytes", "gauge", "Peak memory of this rank: the device's, or on CPU the process's."
+)
+BAD_SAMPLES = Metric(
+    "loupe_data_bad_samples_total", "counter", "Samples replaced because unreadable, by reason.", ("reason",)
+)
+CAPTIONS_CUT = Metric("loupe_data_captions_cut_total", "counter", "Captions longer than the text encoder takes.")
+BUILD = Metric("loupe_build", "info", "Version of the code and of torch.")
+
+ALL = tuple(value for value in globals().values() if isinstance(value, Metric))

@@ -1,0 +1,33 @@
+"""Recipes: complete runs as functions. `RECIPES` is what `loupe recipes` lists and the launchers accept by name. No torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+
+from trainer.config import RunConfig, suggest, from_yaml
+from trainer.errors import UserError
+from trainer.recipes.demo import demo, demo_autoencoder, photos
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (demo, demo_autoencoder, photos)}
+
+
+def load(name: str) -> RunConfig:
+    """The config of a recipe's name, or of a YAML file (path or URL) that a run wrote.
+
+    Raises:
+        UserError: neither.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith((".yaml", ".yml")):
+        try:
+            with fsspec.open(name, "r") as file:
+                text = file.read()
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"{name}: the config cannot be read ({e}); give a recipe's name or a run's config.yaml"
+            ) from None
+        return from_yaml(text, source=name)
+    hint = f"; did you mean {name}/config.yaml?" if Path(name).is_dir() else suggest(name, RECIPES)
+    raise UserError(f"no recipe {name!r}{hint}")

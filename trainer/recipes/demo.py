@@ -1,0 +1,83 @@
+"""The demo: the whole service at a size that two CPU cores train in minutes; and its autoencoder."""
+
+from trainer.config import (
+    AutoencoderConfig,
+    AutoencoderModelConfig,
+    ByteTextConfig,
+    CheckpointConfig,
+    CodecConfig,
+    DataConfig,
+    DatasetConfig,
+    EMAConfig,
+    LatentDiffusionConfig,
+    LPLConfig,
+    MetricsConfig,
+    MMDiTConfig,
+    OptimConfig,
+    ParadigmConfig,
+    PhaseConfig,
+    PhaseLPLConfig,
+    PromptAccuracyConfig,
+    RunConfig,
+    SamplesConfig,
+    replace,
+)
+
+
+def demo() -> RunConfig:
+    """Flow matching on 3-D emoji with their names: 32 px, then 64 px, then 64 px with the latent perceptual loss."""
+    return RunConfig(
+        name="demo",
+        task=LatentDiffusionConfig(
+            model=MMDiTConfig(
+                num_blocks=4, num_heads=4, head_dim=32, patch_size=1, position_grid=16, base_grid=8
+            ),
+            text=ByteTextConfig(max_bytes=48, width=128, num_blocks=2, num_heads=4),
+            codec=CodecConfig(url="repo://trainer/assets/demo_autoencoder"),
+            paradigm=ParadigmConfig(kind="flow"),
+            lpl=LPLConfig(tau_reference_px=64),
+        ),
+        data=DataConfig(
+            datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64", max_samples=96)}, num_workers=1
+        ),
+        phases=(
+            PhaseConfig(name="low_resolution", steps=150, resolution=32, batch_size=64, learning_rate=2e-3, ema_decay=0.98),
+            PhaseConfig(name="full_resolution", steps=500, resolution=64, batch_size=64, learning_rate=2e-3, ema_decay=0.99),
+            PhaseConfig(
+                name="perceptual", steps=60, resolution=64, batch_size=32, learning_rate=5e-4, ema_decay=0.98,
+                lpl=PhaseLPLConfig(),
+            ),
+        ),
+        optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=20),
+        ema=EMAConfig(start_step=50),
+        checkpoint=CheckpointConfig(every_steps=100),
+        metrics=MetricsConfig(every_steps=10),
+        samples=SamplesConfig(every_steps=200, count=16, sampler="euler", num_steps=25, guidance_scale=2.0),
+        prompt_accuracy=PromptAccuracyConfig(num_prompts=64),
+    )  # fmt: skip
+
+
+def photos() -> RunConfig:
+    """The demo's model on a folder of captioned photos that `loupe data build` has written to `runs/photos-data`."""
+    return replace(
+        demo(),
+        name="photos",
+        data=DataConfig(
+            datasets={"photos": DatasetConfig(url="runs/photos-data")}, random_crop=True, flip_probability=0.5
+        ),
+        prompt_accuracy=None,
+    )
+
+
+def demo_autoencoder() -> RunConfig:
+    """The demo's own autoencoder: f8, 4 channels, L1 + KL, on the same emoji."""
+    return RunConfig(
+        name="demo_autoencoder",
+        task=AutoencoderConfig(
+            model=AutoencoderModelConfig(block_out_channels=(24, 32, 64, 64), norm_num_groups=8)
+        ),
+        data=DataConfig(datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64")}, flip_probability=0.5),
+        phases=(PhaseConfig(name="train", steps=3000, resolution=64, batch_size=32, learning_rate=1e-3, ema_decay=0.995),),
+        optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=100),
+        checkpoint=CheckpointConfig(every_steps=250),
+    )  # fmt: skip

@@ -1,0 +1,165 @@
+"""The run folder: everything a run writes, at a path or any fsspec URL. No torch.
+
+config.yaml            the resolved config, as trained
+job.json               how it was submitted, and when
+code/                  snapshot of the code that runs
+attempts/0000.json     one record a start: when, where, from which step
+metrics/0000.jsonl     one line an interval, one file an attempt
+logs/rank-0.log        output of each process
+checkpoints/           see trainer/checkpoint
+samples/, curves.png   pictures
+summary.json           how the run ended
+"""
+
+import io
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from trainer.config import RunConfig, config_digest, from_yaml, to_yaml
+from trainer.errors import UserError
+
+CONFIG = "config.yaml"
+JOB = "job.json"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """Paths below are relative to the folder. A write is whole or absent: local files are renamed into place, and
+    object stores publish an object only when its upload is complete."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.fs: fsspec.AbstractFileSystem
+        self.fs, self.root = url_to_fs(self.url)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def read_text(self, name: str) -> str:
+        return str(self.fs.cat_file(self.path(name)).decode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        tree = json.loads(self.read_text(name))
+        if not isinstance(tree, dict):
+            raise UserError(f"{self.url}/{name}: not a JSON object; the file is not ours or is damaged")
+        return tree
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        path = self.path(name)
+        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+        if self.is_local:
+            temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+            self.fs.pipe_file(temporary, data)
+            os.replace(temporary, path)
+        else:
+            self.fs.pipe_file(path, data)
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, tree: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(tree, indent=1) + "\n")
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names of the files in `folder`; empty where there is none."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        names = (os.path.basename(entry.rstrip("/")) for entry in entries)
+        return sorted(name for name in names if not name.endswith(".tmp"))
+
+    # --------------------------------------------------------------------------------------------------- config
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the folder this config's, or confirm that it is.
+
+        Raises:
+            UserError: it holds a run of another config, or cannot be written.
+        """
+        try:
+            if self.exists(CONFIG):
+                found = self.config()
+                if config_digest(found) != config_digest(config):
+                    raise UserError(
+                        f"{self.url}: holds run {found.name!r} of another config; continue that one by giving its "
+                        f"{CONFIG}, take another --run-dir, or start over with --fresh"
+                    )
+            self.write_text(CONFIG, to_yaml(config))
+        except OSError as e:
+            raise UserError(f"{self.url}: the run folder cannot be written ({e}); give a writable --run-dir") from None
+
+    def config(self) -> RunConfig:
+        return from_yaml(self.read_text(CONFIG), source=f"{self.url}/{CONFIG}")
+
+    # ------------------------------------------------------------------------------------------------- attempts
+
+    def start_attempt(self, record: dict[str, Any]) -> int:
+        """Write the record of a new start; returns its number, 0 for the first."""
+        attempt = len(self.names("attempts"))
+        self.write_json(f"attempts/{attempt:04d}.json", record)
+        return attempt
+
+    # -------------------------------------------------------------------------------------------------- metrics
+
+    def metrics_writer(self, attempt: int) -> "JsonlWriter":
+        return JsonlWriter(self, f"metrics/{attempt:04d}.jsonl")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record an interval in order of steps; where an attempt repeated steps, its own stand."""
+        by_step: dict[int, dict[str, Any]] = {}
+        for name in self.names("metrics"):
+            for record in _jsonl(self.read_text(f"metrics/{name}")):
+                if "step" in record:
+                    by_step[record["step"]] = record
+        return [by_step[step] for step in sorted(by_step)]
+
+
+def _jsonl(text: str) -> Iterator[dict[str, Any]]:
+    *lines, _cut = text.split("\n")
+    for line in lines:  # what follows the last newline is a line that a kill cut short, or empty
+        if line:
+            yield json.loads(line)
+
+
+class JsonlWriter:
+    """Appends records as lines. Where the file system cannot append, the whole file is written at each flush."""
+
+    def __init__(self, folder: RunFolder, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._lines = io.StringIO()
+        self._file: Any = None
+        if folder.is_local:
+            path = folder.path(name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.write(line)
+
+    def flush(self) -> None:
+        if not self._file:
+            self._folder.write_text(self._name, self._lines.getvalue())
+
+    def close(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.close()
