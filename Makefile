@@ -2,19 +2,61 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
+PY     := $(BIN)/python
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint types format lock clean
+.PHONY: help setup demo photos demo-autoencoder test test-slow test-gpu lint types format lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 setup: $(VENV)/.done ## build .venv with the pinned packages
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes]'
-	@# its pins cannot be met beside diffusers; what it imports is in our own dependencies (see pyproject.toml)
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt mosaicml-streaming
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes]'
+	@# its own pins cannot be met beside diffusers; what it imports is among our dependencies (see pyproject.toml)
+	$(PY) -m pip install --quiet --no-deps -c constraints.txt mosaicml-streaming
 	touch $@
+
+demo: setup ## the main job on embedded defaults: train, be preempted, resume, sample (under 10 minutes on two cores)
+	$(PY) launch/slurm.py demo --cluster local --gpus-per-node 2 --run-dir runs/demo --fresh --rehearse-preemption 300
+
+PHOTOS ?= ../shared/data/coco_open_256
+photos: setup ## the demo's model on a folder of captioned photos: make photos PHOTOS=FOLDER
+	$(BIN)/loupe data build $(PHOTOS) runs/photos-data --overwrite
+	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --fresh
+
+demo-autoencoder: setup ## train the demo's autoencoder again and put it in the place of the shipped one
+	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --fresh
+	$(BIN)/loupe export runs/demo_autoencoder trainer/assets/demo_autoencoder
+
+test: setup ## everything that needs neither a GPU nor long (under 15 minutes on two cores)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## the long tests
+	$(PY) -m pytest -m "slow and not gpu"
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(PY) -m pytest -m gpu
+
+lint: setup ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy over the whole tree
+	$(BIN)/mypy
+
+format: setup ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: setup ## renew constraints.txt from pyproject.toml, with uv (`pip install uv` into .venv first)
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/uv pip compile -q pyproject.toml --all-extras --python-version 3.11 --no-emit-index-url \
+	    --no-emit-find-links --no-annotate --no-header | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## remove .venv, caches and runs
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -91,7 +91,7 @@ class MMDiTConfig(Section):
     position_grid: PositiveInt = 192
     """Side of the table of 2-D positions, in patches: the largest image. Smaller images take its centre."""
     base_grid: PositiveInt = 64
-    """Side at which neighbouring positions are 1 apart, in patches."""
+    """Positions run from 0 to this across the whole table (SD3: the patches of its training resolution)."""
     qk_norm: bool = True
     """RMS normalisation of queries and keys per head."""
 
@@ -209,8 +209,8 @@ class EMAConfig(Section):
 
 
 class ParallelConfig(Section):
-    shard: bool = True
-    """FSDP2: parameters, gradients, optimizer and EMA sharded over all ranks."""
+    """Parameters, gradients, optimizer and EMA are sharded over all ranks (FSDP2)."""
+
     micro_batch_size: PositiveInt | None = None
     """Images per rank and forward pass; gradients accumulate up to the phase's batch. Absent: all at once."""
     num_threads: NonNegativeInt = 0
@@ -443,7 +443,7 @@ def config_digest(config: RunConfig) -> str:
     tree = config.model_dump(mode="json", exclude={"metrics": True, "samples": True, "checkpoint": True, "name": True})
     for field in ("num_workers", "prefetch_steps", "timeout_s", "cache_dir"):
         tree["data"].pop(field)
-    for field in ("micro_batch_size", "num_threads", "shard"):
+    for field in ("micro_batch_size", "num_threads"):
         tree["parallel"].pop(field)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,0 +1,51 @@
+"""What all tests share: the folder beside the checkout, and what happens where a thing they need is missing."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+_SLURM = ("slurmctld", "slurmd", "munged")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """`../shared`: real photos and small real networks that the product does not ship."""
+    return SHARED
+
+
+def _missing(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("shared") and not (SHARED / "data").is_dir():
+        return "../shared is not beside the checkout"
+    if item.get_closest_marker("slurm"):
+        absent = [name for name in _SLURM if not (shutil.which(name) or Path(f"/usr/sbin/{name}").exists())]
+        if absent:
+            return f"SLURM is not installed ({', '.join(absent)}); .ci/install-services.sh installs it"
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here. In CI everything must run, so there a skip is a failure."""
+    reason = _missing(item)
+    if reason and os.environ.get("CI") == "true":
+        pytest.fail(f"CI must not skip: {reason}", pytrace=False)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def alone():  # type: ignore[no-untyped-def]
+    """This process as a job of one rank."""
+    import torch.distributed as dist
+
+    from trainer.parallel.world import init_world
+
+    yield init_world(num_threads=1)
+    dist.destroy_process_group()

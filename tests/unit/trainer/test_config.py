@@ -1,0 +1,110 @@
+"""Config: overrides and their errors, YAML round trip, the digest, layouts."""
+
+import pytest
+from pydantic import ValidationError
+
+from trainer.config import check_layout, config_digest, from_yaml, replace, resolve_url, to_yaml, with_overrides
+from trainer.errors import UserError
+from trainer.recipes import RECIPES, load
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resolved_recipe_is_accepted_in_place_of_its_name(name, tmp_path) -> None:
+    config = load(name)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("task.model.num_blocks=7", lambda c: c.task.model.num_blocks == 7),
+        ("phases.1.batch_size=8", lambda c: c.phases[1].batch_size == 8),
+        ("phases.perceptual.lpl.weight=1e-1", lambda c: c.phases[2].lpl.weight == 0.1),
+        ("phases.0.lpl={tau: 2}", lambda c: c.phases[0].lpl.tau == 2.0),
+        ("phases.perceptual.lpl=null", lambda c: c.phases[2].lpl is None),
+        ("data.datasets.more={url: x}", lambda c: c.data.datasets["more"].url == "x"),
+        ("task.text={kind: classes, num_classes: 3}", lambda c: c.task.text.num_classes == 3),
+    ],
+)
+def test_override(setting, read) -> None:
+    config = with_overrides(load("demo"), [setting])
+    assert read(config)
+    assert config != load("demo")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("phases.0.batch_size=abc", r"phases\.0\.batch_size: .*integer.*'abc'"),
+        ("phases.perceptual.lpl.weigth=3", r"phases\.2\.lpl\.weigth: no such field; did you mean 'weight'\?"),
+        ("task.model.num_block=3", r"task\.model\.num_block: no such field; did you mean 'num_blocks'\?"),
+        ("task.modle.num_blocks=3", r"no field 'modle'; did you mean 'model'\?"),
+        ("seeed=3", r"seeed: no such field; did you mean 'seed'\?"),
+        ("data.datasets.emoji.max_samples=0", r"data\.datasets\.emoji\.max_samples: .*greater than 0"),
+        ("phases.9.steps=1", r"no item '9'; have 0 to 2, or low_resolution"),
+        ("task.text={kind: classes}", r"task\.text\.num_classes: Field required"),
+        ("task.paradigm.kind=foo", r"task\.paradigm\.kind: .*'ddpm_eps', 'ddpm_v' or 'flow'.*'foo'"),
+        ("samples.sampler=ddim", r"samples\.sampler: ddim does not go with flow"),
+        ("phases.0.data_mix={nope: 1}", r"phases\.0\.data_mix: no dataset 'nope'; have emoji"),
+        ("phases=[]", r"phases: .*at least 1"),
+        ("optim.eps=.nan", r"optim\.eps: .*finite"),
+        ("seed", r"write it as FIELD=VALUE"),
+        ("seed={", r"--set seed: the value is not YAML"),
+        ("seed.x=1", r"'seed' is below|no such field|below a plain value"),
+    ],
+)
+def test_a_wrong_override_names_the_field_in_one_line(setting, message) -> None:
+    with pytest.raises(UserError, match=message) as e:
+        with_overrides(load("demo"), [setting])
+    assert "\n" not in str(e.value)
+
+
+def test_unknown_recipe_names_a_close_one_and_a_broken_file_its_path(tmp_path) -> None:
+    with pytest.raises(UserError, match="no recipe 'dmo'; did you mean 'demo'"):
+        load("dmo")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: the config cannot be read"):
+        load(str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "x.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=r"x\.yaml: not a run's config"):
+        load(str(tmp_path / "x.yaml"))
+    with pytest.raises(UserError, match=r"x: task\.kind|x: task"):
+        from_yaml(to_yaml(load("demo")).replace("kind: latent_diffusion", "kind: other"), source="x")
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load("demo").seed = 3  # type: ignore[misc]
+
+
+def test_digest_follows_the_numbers_and_not_the_reporting() -> None:
+    demo = load("demo")
+    same = with_overrides(
+        demo, ["metrics.every_steps=3", "name=other", "data.num_workers=0", "checkpoint.every_steps=7"]
+    )
+    assert config_digest(same) == config_digest(demo)
+    for setting in ("seed=1", "phases.0.learning_rate=0.1", "data.datasets.emoji.url=elsewhere"):
+        assert config_digest(with_overrides(demo, [setting])) != config_digest(demo)
+
+
+def test_layout_that_does_not_divide_is_refused() -> None:
+    demo = load("demo")
+    check_layout(demo, 4)
+    with pytest.raises(UserError, match=r"phases\.0\.batch_size: 64 images do not divide over 3 ranks; take 63 or 66"):
+        check_layout(demo, 3)
+    micro = with_overrides(demo, ["parallel.micro_batch_size=5"])
+    with pytest.raises(UserError, match=r"parallel\.micro_batch_size: 5 does not divide"):
+        check_layout(micro, 2)
+
+
+def test_repo_urls_stay_within_the_code() -> None:
+    assert resolve_url("s3://bucket/x") == "s3://bucket/x"
+    assert resolve_url("repo://data/assets").endswith("/data/assets")
+    with pytest.raises(UserError, match="leads out of"):
+        resolve_url("repo://../../etc/passwd")
+
+
+def test_replace_validates() -> None:
+    with pytest.raises(ValidationError, match="names must differ"):
+        replace(load("demo"), phases=load("demo").phases[:1] * 2)

@@ -1,0 +1,58 @@
+"""Exporter and meters: what is defined is exported, counted once, and answers over HTTP."""
+
+import urllib.request
+
+import pytest
+import torch
+
+from trainer import metric_names
+from trainer.errors import UserError
+from trainer.metrics import Exporter
+
+
+def test_every_metric_is_exported_under_its_name_over_http() -> None:
+    exporter = Exporter()
+    for metric in metric_names.ALL:
+        if metric.kind == "info":
+            exporter.of(metric).info({"version": "1"})
+        elif metric.kind == "histogram":
+            exporter.of(metric, *(["x"] * len(metric.labels))).observe(0.2)
+        elif metric.kind == "counter":
+            exporter.of(metric, *(["x"] * len(metric.labels))).inc()
+        else:
+            exporter.of(metric, *(["x"] * len(metric.labels))).set(3)
+    port = exporter.serve("127.0.0.1", 0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        text = response.read().decode()
+    for metric in metric_names.ALL:
+        assert f"# HELP {metric.name}" in text
+    assert 'loupe_loss{term="x"} 3.0' in text
+    assert 'loupe_step_seconds_bucket{le="0.25",stage="x"} 1.0' in text
+
+
+def test_names_follow_the_conventions() -> None:
+    names = [metric.name for metric in metric_names.ALL]
+    assert len(set(names)) == len(names)
+    for metric in metric_names.ALL:
+        assert metric.name.startswith("loupe_")
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        assert metric.help.endswith(".")
+
+
+def test_a_taken_port_is_a_clear_error() -> None:
+    port = Exporter().serve("127.0.0.1", 0)
+    with pytest.raises(UserError, match=rf"metrics\.port: cannot listen on 127\.0\.0\.1:{port}"):
+        Exporter().serve("127.0.0.1", port)
+
+
+@pytest.mark.usefixtures("alone")
+def test_losses_are_means_over_samples_without_the_skipped_steps() -> None:
+    from trainer.metrics import LossMeter
+
+    meter = LossMeter(torch.device("cpu"))
+    keep, skip = torch.tensor(0.0), torch.tensor(1.0)
+    meter.add({"loss": torch.tensor([1.0, 2.0, 3.0])}, keep)
+    meter.add({"loss": torch.tensor([float("nan"), 9.0])}, skip)
+    meter.add({"loss": torch.tensor([6.0]), "lpl": torch.tensor([0.5])}, keep)
+    assert meter.take() == {"loss": 3.0, "lpl": 0.5}
+    assert meter.take() == {}

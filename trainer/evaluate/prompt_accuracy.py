@@ -1,0 +1,48 @@
+"""Are prompts obeyed? Each prompt is the caption of a training image; its picture should lie near that image.
+
+The share of generated images for which an image with the prompted caption is among the k nearest training images, by the
+Euclidean distance of autoencoder latents. A check that a small run has learnt its data; not a measure of quality.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.reader import Dataset, read_image
+from data.transforms import square
+from trainer.models.autoencoders import Codec
+
+
+def prompt_accuracy(
+    generated_NCHW: Tensor, prompts: Sequence[str], training_MCHW: Tensor, captions: Sequence[Sequence[str]], k: int
+) -> tuple[float, float]:
+    """(accuracy, chance). `captions[m]`: those of training image m. Chance: the same for k images drawn at random."""
+    distances_NM = torch.cdist(generated_NCHW.flatten(1).double(), training_MCHW.flatten(1).double())
+    nearest_NK = distances_NM.topk(min(k, len(captions)), largest=False).indices.tolist()
+    hits = [any(prompt in captions[m] for m in nearest) for prompt, nearest in zip(prompts, nearest_NK, strict=True)]
+    chances = [_chance(sum(prompt in c for c in captions), len(captions), k) for prompt in prompts]
+    return sum(hits) / len(hits), sum(chances) / len(chances)
+
+
+def _chance(matching: int, total: int, k: int) -> float:
+    """Probability that at least one of `matching` images is among k of `total` drawn without replacement."""
+    miss = 1.0
+    for i in range(min(k, total)):
+        miss *= max(total - matching - i, 0) / (total - i)
+    return 1.0 - miss
+
+
+@torch.no_grad()
+def encode_dataset(
+    dataset: Dataset, codec: Codec, *, resolution: int, limit: int, device: torch.device
+) -> tuple[Tensor, list[list[str]]]:
+    """Latents of the first `limit` images at their centre crop, (M, C, h, w) on the CPU, and their captions."""
+    latents, captions = [], []
+    for index in range(min(limit, dataset.num_samples)):
+        sample = dataset.read(index)
+        pixels = torch.from_numpy(square(read_image(sample.image), resolution))
+        images = pixels.permute(2, 0, 1)[None].to(device).float() / 127.5 - 1.0
+        latents.append(codec.encode(images).float().cpu())
+        captions.append(sample.captions)
+    return torch.cat(latents), captions

@@ -1,0 +1,144 @@
+"""Text and class encoders. An encoder prepares captions on the host and encodes them on the device.
+
+B batch, L tokens, T width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import ByteTextConfig, ClassLabelConfig, TextConfig
+from trainer.errors import UserError
+from trainer.models.layers import MLP, QKV, attention
+from trainer.models.mmdit import Condition
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """Token ids ready for the device."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    num_cut: int = 0
+    """Captions that were longer than the encoder takes."""
+
+    def to(self, device: torch.device) -> "TextInput":
+        return TextInput(
+            self.ids_BL.to(device, non_blocking=True), self.mask_BL.to(device, non_blocking=True), self.num_cut
+        )
+
+
+class TextEncoder(nn.Module):
+    """Common interface. `None` as a caption is the null condition of classifier-free guidance."""
+
+    token_width: int
+    pooled_width: int
+
+    def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        raise NotImplementedError
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = QKV(width, num_heads, norm=False)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, 4 * width, width, nn.GELU(approximate="tanh"))
+
+    def forward(self, x_BLT: Tensor, mask_BL: Tensor) -> Tensor:
+        x_BLT = x_BLT + self.out(attention(*self.qkv(self.norm1(x_BLT)), mask_BL))
+        out: Tensor = x_BLT + self.mlp(self.norm2(x_BLT))
+        return out
+
+
+class ByteEncoder(TextEncoder):
+    """A small transformer over UTF-8 bytes, trained with the denoiser: needs no vocabulary and no download."""
+
+    BEGIN, PADDING, VOCABULARY = 256, 257, 258
+
+    def __init__(self, config: ByteTextConfig) -> None:
+        super().__init__()
+        self.max_bytes = config.max_bytes
+        self.token_width = self.pooled_width = config.width
+        self.embedding = nn.Embedding(self.VOCABULARY, config.width)
+        self.positions = nn.Parameter(torch.empty(config.max_bytes + 1, config.width))
+        self.blocks = nn.ModuleList(EncoderBlock(config.width, config.num_heads) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(config.width)
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
+        """Bytes behind a begin token, padded to (B, max_bytes + 1); the null caption is the begin token alone."""
+        del labels
+        ids = torch.full((len(captions), self.max_bytes + 1), self.PADDING)
+        ids[:, 0] = self.BEGIN
+        num_cut = 0
+        for row, caption in zip(ids, captions, strict=True):
+            text = (caption or "").encode()
+            num_cut += len(text) > self.max_bytes
+            text = text[: self.max_bytes]
+            row[1 : len(text) + 1] = torch.tensor(list(text), dtype=torch.long)
+        return TextInput(ids, ids != self.PADDING, num_cut)
+
+    def forward(self, text: TextInput) -> Condition:
+        x_BLT = self.embedding(text.ids_BL) + self.positions
+        for block in self.blocks:
+            x_BLT = block(x_BLT, text.mask_BL)
+        x_BLT = self.norm(x_BLT)
+        weights_BL1 = text.mask_BL[..., None].to(x_BLT.dtype)
+        pooled_BT = (x_BLT * weights_BL1).sum(1) / weights_BL1.sum(1)
+        return Condition(x_BLT, pooled_BT, text.mask_BL)
+
+
+class ClassEncoder(TextEncoder):
+    """Class labels: one learned vector a class, as the only token and as the pooled text; one more for no class."""
+
+    def __init__(self, config: ClassLabelConfig) -> None:
+        super().__init__()
+        self.num_classes = config.num_classes
+        self.token_width = self.pooled_width = config.width
+        self.embedding = nn.Embedding(config.num_classes + 1, config.width)
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
+        """Labels of the samples; where no labels are given, as for prompts, a caption is the class's number."""
+        chosen: list[int] = []
+        for i, caption in enumerate(captions):
+            if caption is None:
+                chosen.append(self.num_classes)
+                continue
+            label = labels[i] if labels is not None else int(caption) if caption.strip().isdigit() else -1
+            if not 0 <= label < self.num_classes:
+                given = f"label {label}" if labels is not None else f"prompt {caption!r}"
+                raise UserError(
+                    f"task.text.num_classes: {given} is no class of 0..{self.num_classes - 1}; "
+                    "take a dataset with labels, or text.kind: bytes for captions"
+                )
+            chosen.append(label)
+        ids = torch.tensor(chosen)[:, None]
+        return TextInput(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def forward(self, text: TextInput) -> Condition:
+        tokens_B1T = self.embedding(text.ids_BL)
+        return Condition(tokens_B1T, tokens_B1T[:, 0], text.mask_BL)
+
+
+def build_text_encoder(config: TextConfig) -> TextEncoder:
+    return ByteEncoder(config) if isinstance(config, ByteTextConfig) else ClassEncoder(config)

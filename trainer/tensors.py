@@ -1,0 +1,25 @@
+"""Named tensors of a sharded module, and this rank's part of them."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing memory; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local(tensor.detach()) for tensor in tensors]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor (a collective when it is sharded)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, as checkpoints have them."""
+    return dict(module.state_dict())
