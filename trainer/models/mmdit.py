@@ -59,15 +59,16 @@ class JointBlock(nn.Module):
 
     def forward(
         self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both streams; no text from the last block, whose text nothing reads."""
         image_qkv, image_rest = self.image.before_attention(image_BND, c_BD)
         text_qkv, text_rest = self.text.before_attention(text_BLD, c_BD)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(image_qkv, text_qkv, strict=True))
         image_out, text_out = attention(q, k, v, mask_BS).split([image_BND.shape[1], text_BLD.shape[1]], dim=1)
         image_BND = self.image.after_attention(image_BND, image_out, image_rest)
-        if not self.text.ends:
-            text_BLD = self.text.after_attention(text_BLD, text_out, text_rest)
-        return image_BND, text_BLD
+        if self.text.ends:
+            return image_BND, None
+        return image_BND, self.text.after_attention(text_BLD, text_out, text_rest)
 
 
 class MMDiT(nn.Module):

@@ -1,0 +1,77 @@
+"""Deterministic samplers from noise to latents, and classifier-free guidance.
+
+A sampler calls `predict(zt_BCHW, t_B) -> prediction_BCHW` once a step and never makes the host wait for the device.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.diffusion.paradigms import FlowOT, Paradigm
+from trainer.errors import UserError
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+class Sampler(Protocol):
+    def __call__(self, predict: Predict, paradigm: Paradigm, noise_BCHW: Tensor, num_steps: int) -> Tensor: ...
+
+
+@torch.no_grad()
+def ddim(predict: Predict, paradigm: Paradigm, noise_BCHW: Tensor, num_steps: int) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12 with zero variance); returns z0.
+
+    Each step goes to alpha_s z0_hat + sigma_s eps_hat; the last one to z0_hat itself.
+    """
+    z_BCHW = noise_BCHW
+    times = paradigm.sampling_times(num_steps)
+    for t, s in zip(times, [*times[1:], None], strict=True):
+        t_B = _times(t, z_BCHW)
+        pred_BCHW = predict(z_BCHW, t_B)
+        z0_BCHW = paradigm.to_z0(pred_BCHW, z_BCHW, t_B)
+        if s is None:
+            return z0_BCHW
+        eps_BCHW = paradigm.to_eps(pred_BCHW, z_BCHW, t_B)
+        z_BCHW = paradigm.add_noise(z0_BCHW, eps_BCHW, _times(s, z_BCHW))
+    raise AssertionError("sampling times are never empty")
+
+
+@torch.no_grad()
+def euler(predict: Predict, paradigm: Paradigm, noise_BCHW: Tensor, num_steps: int) -> Tensor:
+    """Euler steps on dz/dt = velocity from t = 1 to t = 0; returns z0.
+
+    Raises:
+        UserError: the paradigm does not predict a velocity.
+    """
+    if not isinstance(paradigm, FlowOT):
+        raise UserError(f"samples.sampler: euler goes with flow, this is {type(paradigm).__name__}; use ddim")
+    z_BCHW = noise_BCHW
+    times = paradigm.sampling_times(num_steps)
+    for t, s in zip(times, [*times[1:], 0.0], strict=True):
+        z_BCHW = z_BCHW + (s - t) * predict(z_BCHW, _times(t, z_BCHW))
+    return z_BCHW
+
+
+def _times(t: float, like_BCHW: Tensor) -> Tensor:
+    dtype = torch.int64 if isinstance(t, int) else torch.promote_types(like_BCHW.dtype, torch.float32)
+    return torch.full((like_BCHW.shape[0],), t, dtype=dtype, device=like_BCHW.device)
+
+
+def guided(model: Predict, scale: float) -> Predict:
+    """Classifier-free guidance (Ho & Salimans 2021): uncond + scale * (cond - uncond), in one call of 2B samples.
+
+    `model` gets the latents and times twice and must condition its first B samples and not its last B.
+    """
+
+    def predict(zt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        cond_BCHW, uncond_BCHW = model(torch.cat([zt_BCHW, zt_BCHW]), torch.cat([t_B, t_B])).chunk(2)
+        return uncond_BCHW + scale * (cond_BCHW - uncond_BCHW)
+
+    return predict
+
+
+def build_sampler(name: str) -> Sampler:
+    """The sampler that `SamplesConfig.sampler` names."""
+    return {"ddim": ddim, "euler": euler}[name]
