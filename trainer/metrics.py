@@ -27,6 +27,7 @@ class Exporter:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._server: Any = None
         self._series: dict[str, Any] = {}
         for metric in metric_names.ALL:
             if metric.kind == "histogram":
@@ -53,12 +54,19 @@ class Exporter:
             UserError: the address or port cannot be had.
         """
         try:
-            server, _ = prometheus_client.start_http_server(port, addr=address, registry=self.registry)
+            self._server, _ = prometheus_client.start_http_server(port, addr=address, registry=self.registry)
         except OSError as e:
             raise UserError(
                 f"metrics.port: cannot listen on {address}:{port} ({e.strerror}); take another, or 0 for any"
             ) from None
-        return int(server.server_port)
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop answering."""
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
 
 
 class LossMeter:

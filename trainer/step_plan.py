@@ -4,7 +4,7 @@ so that the loader's processes plan for themselves and a resume needs only the s
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.plan import Mixture, MixSegment, SampleRef
+from data.plan import MixSegment, Mixture, SampleRef
 from trainer.config import PhaseConfig, RunConfig
 from trainer.phases import Schedule, learning_rate
 

@@ -1,8 +1,8 @@
-"""Named tensors of a sharded module, and this rank's part of them."""
+"""Sharded tensors: this rank's part, or the whole."""
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
@@ -18,8 +18,3 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor (a collective when it is sharded)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, as checkpoints have them."""
-    return dict(module.state_dict())

@@ -100,6 +100,7 @@ class Run:
                 keep_last=config.checkpoint.keep_last,
                 config_digest=digest,
                 code_version=version("loupe"),
+                process_group=world.host_group,
             ),
             self.exporter,
             self.records,

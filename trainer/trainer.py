@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.loader import Batch, Loader
 from data.plan import SampleRef
-from trainer import metric_names, optim
+from trainer import metric_names, optim, train_state
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig
 from trainer.ema import EMA
@@ -25,7 +25,6 @@ from trainer.preemption import Agreement, StopRequest
 from trainer.run_folder import JsonlWriter
 from trainer.step_plan import StepPlan, StepPlanner
 from trainer.tasks.base import Task
-from trainer.tensors import named_tensors
 
 
 @dataclass
@@ -267,16 +266,6 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            **{f"model.{name}": tensor for name, tensor in named_tensors(self.task.module).items()},
-            **{f"ema.{name}": tensor for name, tensor in self.ema.average.items()},
-            **{
-                f"optim.{name}": tensor
-                for name, tensor in optim.state_tensors(self.task.module, self.optimizer).items()
-            },
-        }
-
     def _save(self) -> None:
         started = time.perf_counter()
         self._resolve_pending()
@@ -285,7 +274,7 @@ class Trainer:
             optim.allocate_state(self.task.module, self.optimizer)
         try:
             self.checkpoints.save(
-                self._tensors(),
+                train_state.tensors(self.task.module, self.ema, self.optimizer),
                 step=self.progress.step,
                 images_seen=self.progress.images,
                 state=self.progress.to_json(),
@@ -299,7 +288,9 @@ class Trainer:
 
     def _restore(self) -> None:
         optim.allocate_state(self.task.module, self.optimizer)
-        restored = self.checkpoints.restore(self._tensors(), on_set_aside=self._on_set_aside)
+        restored = self.checkpoints.restore(
+            train_state.tensors(self.task.module, self.ema, self.optimizer), on_set_aside=self._on_set_aside
+        )
         if restored is None:
             self.optimizer.state.clear()
             return

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.reader import Dataset, read_image
-from data.transforms import square
+from data.images import read_image
+from data.reader import Dataset
+from data.transforms import training_image
 from trainer.models.autoencoders import Codec
 
 
@@ -41,8 +42,8 @@ def encode_dataset(
     latents, captions = [], []
     for index in range(min(limit, dataset.num_samples)):
         sample = dataset.read(index)
-        pixels = torch.from_numpy(square(read_image(sample.image), resolution))
+        pixels = torch.from_numpy(training_image(read_image(sample.image), resolution))
         images = pixels.permute(2, 0, 1)[None].to(device).float() / 127.5 - 1.0
         latents.append(codec.encode(images).float().cpu())
-        captions.append(sample.captions)
+        captions.append(list(sample.captions))
     return torch.cat(latents), captions

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fsspec
 
-from trainer.config import RunConfig, suggest, from_yaml
+from trainer.config import RunConfig, from_yaml, suggest
 from trainer.errors import UserError
 from trainer.recipes.demo import demo, demo_autoencoder, photos
 

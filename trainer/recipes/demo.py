@@ -77,7 +77,10 @@ def demo_autoencoder() -> RunConfig:
             model=AutoencoderModelConfig(block_out_channels=(24, 32, 64, 64), norm_num_groups=8)
         ),
         data=DataConfig(datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64")}, flip_probability=0.5),
-        phases=(PhaseConfig(name="train", steps=3000, resolution=64, batch_size=32, learning_rate=1e-3, ema_decay=0.995),),
+        phases=(
+            PhaseConfig(name="train", steps=2000, resolution=64, batch_size=32, learning_rate=1e-3, ema_decay=0.995),
+            PhaseConfig(name="settle", steps=500, resolution=64, batch_size=32, learning_rate=2e-4, ema_decay=0.995),
+        ),
         optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=100),
         checkpoint=CheckpointConfig(every_steps=250),
     )  # fmt: skip

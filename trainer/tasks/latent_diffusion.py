@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch
-from trainer.config import LatentDiffusionConfig, RunConfig, resolve_url
+from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
 from trainer.diffusion.samplers import build_sampler, guided
 from trainer.errors import UserError
@@ -47,7 +47,7 @@ class LatentDiffusionTask:
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         assert isinstance(run.task, LatentDiffusionConfig)
         self.config, self._run, self._device = run.task, run, device
-        self.codec = Codec.load(resolve_url(self.config.codec.url)).to(device)
+        self.codec = Codec.load(self.config.codec.url).to(device)
         torch.manual_seed(run.seed)  # the same weights on every rank and any number of them
         self.module = TextToImage(self.config, self.codec.latent_channels)
         self.module.init_weights()
@@ -76,9 +76,8 @@ class LatentDiffusionTask:
                 )
             if phase.lpl and phase.lpl.weight:
                 self._lpl.check_resolution(phase.resolution)
-                tau = self._lpl.tau_at(phase.lpl.tau, phase.resolution)
-                share = gate_share(self.paradigm(phase.resolution), tau)
-                if not share:
+                tau = self._lpl.threshold(PerceptualContext(phase.lpl.tau, phase.resolution))
+                if gate_share(self.paradigm(phase.resolution), tau) == 0.0:
                     warnings.append(f"phases.{i}.lpl.tau: no timestep has a noise level of {tau:g} or less; LPL is 0")
         return warnings
 
@@ -103,9 +102,7 @@ class LatentDiffusionTask:
             loss_B, terms = phase.denoising_weight * denoising_B, {"denoising": denoising_B.detach()}
             if phase.lpl:
                 z0_hat = paradigm.to_z0(prediction, zt, t_B)
-                context = PerceptualContext(
-                    tau=self._lpl.tau_at(phase.lpl.tau, batch.resolution), resolution=batch.resolution
-                )
+                context = PerceptualContext(phase.lpl.tau, batch.resolution)
                 lpl_B, lpl_terms = self._lpl(z0_hat, z0, paradigm.noise_level(t_B), context)
                 loss_B = loss_B + phase.lpl.weight * lpl_B
                 terms |= {"lpl": lpl_B.detach(), **lpl_terms}

@@ -1,0 +1,142 @@
+"""Whole runs on one and two ranks: the same losses whatever the layout, and a bad step that all ranks survive together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.tiny import tiny
+from trainer.config import RunConfig, to_yaml
+from trainer.errors import ExitCode, UserError
+from trainer.parallel.world import World
+from trainer.preemption import StopRequest
+from trainer.run_folder import RunFolder
+
+
+def train(world: World, config: RunConfig, url: str, poison: str = "") -> int:
+    from trainer.train import Run
+
+    run = Run(config, RunFolder(url), world, StopRequest())
+    if poison:
+        _poison(run, poison)
+    code = run.train()
+    run.exporter.close()
+    return code
+
+
+def _poison(run: Any, kind: str) -> None:
+    """A real non-finite loss: pixels of one image that are not numbers, from some step on, on one rank."""
+    task, forward_backward = run.task, run.task.forward_backward
+    latents_of = task._latents_of
+
+    def poisoned(batch: Any, plan: Any, scale: float) -> Any:
+        steps = {"once": {6}, "always": set(range(6, 99))}[kind]
+        bad = run.world.rank == run.world.size - 1 and plan.step in steps
+        task._latents_of = (lambda b: _first_row_nan(latents_of(b))) if bad else latents_of
+        return forward_backward(batch, plan, scale)
+
+    task.forward_backward = poisoned
+
+
+def _first_row_nan(latents: torch.Tensor) -> torch.Tensor:
+    latents[0] = float("nan")
+    return latents
+
+
+def losses(url: str) -> list[dict[str, float]]:
+    return [record["loss"] for record in RunFolder(url).metrics()]
+
+
+def several(world: World, jobs: list[tuple[RunConfig, str, str]]) -> list[Any]:
+    """Runs one after the other in one process group; an error's message in place of an exit code."""
+    out: list[Any] = []
+    for config, url, poison in jobs:
+        try:
+            out.append(train(world, config, url, poison))
+        except UserError as e:
+            out.append(str(e))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+
+    def jobs(names: dict[str, tuple[tuple[str, ...], str]]) -> list[tuple[RunConfig, str, str]]:
+        return [(tiny(*overrides), str(folder / name), poison) for name, (overrides, poison) in names.items()]
+
+    one = {
+        "one": ((), ""),
+        "accumulate_1x8": (("phases.low_resolution.steps=20",), ""),
+        "accumulate_2x4": (("phases.low_resolution.steps=20", "parallel.micro_batch_size=4"), ""),
+        "no_workers": (("data.num_workers=0",), ""),
+    }
+    two = {
+        "two": ((), ""),
+        "nan_once": ((), "once"),
+        "nan_always": (("optim.max_skipped_in_a_row=3",), "always"),
+    }
+    codes = dict(zip(one, run_ranks(1, several, jobs(one))[0], strict=True))
+    by_rank = run_ranks(2, several, jobs(two))
+    assert by_rank[0] == by_rank[1]
+    return folder, codes | dict(zip(two, by_rank[0], strict=True))
+
+
+def same(folder: Path, a: str, b: str, tolerance: float) -> int:
+    first, second = losses(str(folder / a)), losses(str(folder / b))
+    assert len(first) == len(second) >= 20
+    for x, y in zip(first, second, strict=True):
+        assert x.keys() == y.keys()
+        for term in x:
+            assert x[term] == pytest.approx(y[term], rel=tolerance, abs=tolerance)
+    return len(first)
+
+
+def test_one_rank_equals_two(runs) -> None:
+    folder, codes = runs
+    assert codes["one"] == codes["two"] == ExitCode.DONE
+    assert same(folder, "one", "two", 1e-5) == 20
+
+
+def test_accumulation_equals_one_large_batch(runs) -> None:
+    folder, codes = runs
+    assert codes["accumulate_1x8"] == codes["accumulate_2x4"] == ExitCode.DONE
+    same(folder, "accumulate_1x8", "accumulate_2x4", 1e-5)
+
+
+def test_worker_processes_change_nothing(runs) -> None:
+    folder, _ = runs
+    assert losses(str(folder / "one")) == losses(str(folder / "no_workers"))
+
+
+def test_phases_switch_without_a_restart(runs) -> None:
+    folder, _ = runs
+    records = RunFolder(str(folder / "one")).metrics()
+    assert [r["phase"] for r in records] == ["low_resolution"] * 8 + ["full_resolution"] * 6 + ["perceptual"] * 6
+    assert ["lpl" in r["loss"] for r in records] == [False] * 14 + [True] * 6
+    assert RunFolder(str(folder / "one")).names("attempts") == ["0000.json"]
+    assert records[-1]["images"] == 160
+
+
+def test_a_non_finite_loss_on_one_rank_skips_the_step_on_all(runs) -> None:
+    folder, codes = runs
+    assert codes["nan_once"] == ExitCode.DONE
+    records = RunFolder(str(folder / "nan_once")).metrics()
+    assert len(records) == 19  # the skipped step has no losses to report
+    assert [r["steps_skipped"] for r in records][-1] == 1
+    clean = losses(str(folder / "two"))
+    assert losses(str(folder / "nan_once"))[:6] == clean[:6]
+    assert all(torch.isfinite(torch.tensor(r["loss"]["loss"])) for r in records)
+
+
+def test_losses_that_stay_non_finite_stop_the_run_and_name_images(runs) -> None:
+    _, codes = runs
+    assert "optim.max_skipped_in_a_row: 3 steps in a row" in codes["nan_always"]
+    assert "emoji/" in codes["nan_always"]
+
+
+def test_the_resolved_config_is_in_the_run_folder(runs) -> None:
+    folder, _ = runs
+    assert (folder / "one" / "config.yaml").read_text() == to_yaml(tiny())

@@ -1,0 +1,108 @@
+"""Who may import whom (docs/architecture.md). Imports inside functions count too, except in composition roots."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("trainer", "launch", "data", "ops")
+ROOTS = ("launch.cli", "ops.bench")
+"""Composition roots: may import anything, lazily, and nothing imports them."""
+LEAVES = (
+    "trainer.config", "trainer.errors", "trainer.metric_names", "trainer.phases", "trainer.recipes", "trainer.run_folder",
+)  # fmt: skip
+LIBRARIES_OF_LEAVES = {"pydantic", "yaml", "fsspec"}
+
+ALLOWED = {
+    "data": ("data", "trainer.metric_names", "trainer.errors"),
+    "launch": ("launch", *LEAVES),
+    "ops": ("ops", *LEAVES),
+    "trainer.diffusion": ("trainer.diffusion", *LEAVES),
+    "trainer.models": ("trainer.models", *LEAVES),
+    "trainer.losses": ("trainer.losses", "trainer.diffusion", "trainer.models", *LEAVES),
+    "trainer.parallel": ("trainer.parallel", *LEAVES),
+    "trainer.checkpoint": ("trainer.checkpoint", "trainer.tensors", *LEAVES),
+    "trainer": ("trainer", "data.schema", "data.draws", "data.plan", "data.loader", "data.reader", "data.images", "data.transforms"),
+}
+"""By the longest matching prefix of the importer. trainer never imports the ingest side of data, nor launch."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what is imported: of `from a import b`, a.b where that is a module of ours, else a."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names
+            }
+    return names
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not within(m, ROOTS) and m not in PACKAGES])
+def test_arrows(module: str) -> None:
+    ours = {name for name in imports(MODULES[module]) if name.split(".")[0] in PACKAGES}
+    assert not {name for name in ours if within(name, ROOTS)}, "nothing imports a composition root"
+    if within(module, LEAVES):
+        assert not {name for name in ours if not within(name, LEAVES)}
+        libraries = (
+            {name.split(".")[0] for name in imports(MODULES[module])} - {"trainer"} - set(sys.stdlib_module_names)
+        )
+        assert libraries <= LIBRARIES_OF_LEAVES
+        return
+    owner = max((p for p in ALLOWED if within(module, (p,))), key=len)
+    wrong = {name for name in ours if not within(name, ALLOWED[owner])}
+    assert not wrong, f"{module} may import {', '.join(ALLOWED[owner])}"
+
+
+def test_every_room_is_watched() -> None:
+    assert len(MODULES) > 30
+    assert imports(MODULES["trainer.train"]) >= {"trainer.errors", "data.loader", "torch"}
+
+
+def test_no_module_hides_a_package_we_import() -> None:
+    """`python launch/slurm.py` puts `launch/` first on the path: a `launch/submitit.py` would be found before submitit."""
+    third_party = {name.split(".")[0] for path in MODULES.values() for name in imports(path)} - set(PACKAGES)
+    stems = {path.stem for package in PACKAGES for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert not stems & third_party
+
+
+@pytest.mark.parametrize("module", [*LEAVES, "launch.cli", "launch.slurm"])
+def test_submitting_never_imports_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if not within(m, ("ops.bench",))))
+def test_importing_does_nothing(module: str) -> None:
+    """No module calls at its top level what reads the environment, makes folders or talks to a device."""
+    banned = {"makedirs", "mkdir", "getenv", "is_available", "init_process_group", "set_num_threads", "urlopen"}
+    tree = ast.parse(MODULES[module].read_text())
+    top = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef | ast.If)]
+    called = {
+        n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "")
+        for statement in top
+        for n in ast.walk(statement)
+        if isinstance(n, ast.Call)
+    }
+    assert not called & banned

@@ -1,0 +1,48 @@
+"""Text and class conditions: what is prepared, what is masked, what null means."""
+
+import pytest
+import torch
+
+from trainer.config import ByteTextConfig, ClassLabelConfig
+from trainer.errors import UserError
+from trainer.models.text_encoders import build_text_encoder
+
+
+def byte_encoder():
+    torch.manual_seed(0)
+    encoder = build_text_encoder(ByteTextConfig(max_bytes=8, width=16, num_blocks=1, num_heads=2))
+    encoder.init_weights()
+    return encoder
+
+
+def test_bytes_are_kept_cut_and_counted() -> None:
+    text = byte_encoder().prepare(["dog", "é" * 5, None, ""])
+    assert text.ids_BL[0].tolist() == [256, *b"dog", *[257] * 5]
+    assert text.num_cut == 1  # ten bytes of five characters
+    assert text.mask_BL.sum(1).tolist() == [4, 9, 1, 1]
+    assert torch.equal(text.ids_BL[2], text.ids_BL[3])
+
+
+@torch.no_grad()
+def test_a_caption_is_encoded_the_same_beside_any_other_and_order_matters() -> None:
+    encoder = byte_encoder()
+    alone, pair = encoder(encoder.prepare(["ab"])), encoder(encoder.prepare(["ab", "abcdefgh"]))
+    torch.testing.assert_close(alone.tokens_BLT[0, :3], pair.tokens_BLT[0, :3])
+    torch.testing.assert_close(alone.pooled_BP[0], pair.pooled_BP[0])
+    swapped = encoder(encoder.prepare(["ba"]))
+    assert (swapped.pooled_BP - alone.pooled_BP).abs().max() > 1e-4
+
+
+def test_classes() -> None:
+    encoder = build_text_encoder(ClassLabelConfig(num_classes=3, width=16))
+    encoder.init_weights()
+    text = encoder.prepare(["a cat", None], labels=[2, 1])
+    assert text.ids_BL.tolist() == [[2], [3]]
+    condition = encoder(text)
+    assert condition.tokens_BLT.shape == (2, 1, 16)
+    assert torch.equal(condition.pooled_BP, condition.tokens_BLT[:, 0])
+    assert encoder.prepare(["0", None]).ids_BL.tolist() == [[0], [3]]  # prompts
+    with pytest.raises(UserError, match=r"num_classes: label -1 is no class of 0\.\.2"):
+        encoder.prepare(["x"], labels=[-1])
+    with pytest.raises(UserError, match="prompt 'cat' is no class"):
+        encoder.prepare(["cat"])
