@@ -1,6 +1,7 @@
 """The demo at a size for tests: the real data, codec, model and losses, a few seconds of training."""
 
-from trainer.config import RunConfig, with_overrides
+from trainer.config import RunConfig
+from trainer.config_text import with_overrides
 from trainer.recipes import load
 
 TINY = (

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.images import read_image
 from data.reader import open_dataset
@@ -61,7 +61,8 @@ def export_autoencoder(run_dir: str, out: str, *, dtype: torch.dtype = torch.flo
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         try:
-            autoencoder.to(dtype).save_pretrained(temporary, safe_serialization=True)
+            nn.Module.to(autoencoder, dtype)  # diffusers' own `to` warns of nothing
+            autoencoder.save_pretrained(temporary, safe_serialization=True)
             psnr = _psnr(Codec.load(str(temporary)), images)
             for path in (temporary, *temporary.iterdir()):  # made for this user alone
                 path.chmod(0o755 if path.is_dir() else 0o644)

@@ -22,7 +22,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from trainer.config import RunConfig, config_digest, from_yaml, to_yaml
+from trainer.config import RunConfig, config_digest
+from trainer.config_text import from_yaml, to_yaml
 from trainer.errors import UserError
 
 CONFIG = "config.yaml"

@@ -1,40 +1,20 @@
 """What each process of a job runs: `python -m trainer.train --config RUN/config.yaml --run-dir RUN`.
 
-Builds everything, trains, and says by its exit code what is to be done next (`trainer.errors.ExitCode`). The ranks find
-each other through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them it trains alone.
+It says by its exit code what is to be done next (`trainer.errors.ExitCode`). The ranks find each other through RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them it trains alone.
+
+Nothing heavy is imported here: data workers import their parent's main module again.
 """
 
 import argparse
 import os
-import platform
 import sys
-import time
-from collections.abc import Mapping
-from importlib.metadata import version
+import traceback
 
-import torch
-import torch.distributed as dist
-
-from data.loader import BatchRequest, Loader
-from data.plan import SampleRef
-from data.reader import Dataset, open_dataset
-from trainer import metric_names
-from trainer.checkpoint.manager import CheckpointManager
-from trainer.config import RunConfig, check_layout, config_digest, from_yaml, resolve_url
+from trainer.config_text import from_yaml
 from trainer.errors import ExitCode, UserError
-from trainer.evaluate.prompt_accuracy import encode_dataset, prompt_accuracy
-from trainer.evaluate.sampling import sample_prompts
-from trainer.metrics import Exporter
-from trainer.parallel.apply import parallelize
-from trainer.parallel.world import World, init_world
-from trainer.pictures import loss_curves, sample_grid
 from trainer.preemption import StopRequest
-from trainer.run_folder import CHECKPOINTS, SUMMARY, RunFolder
-from trainer.step_plan import StepPlanner
-from trainer.summary import summarise
-from trainer.tasks.autoencoder import AutoencoderTask
-from trainer.tasks.latent_diffusion import LatentDiffusionTask
-from trainer.trainer import Actions, Trainer
+from trainer.run_folder import RunFolder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,192 +22,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the run's resolved config, YAML")
     parser.add_argument("--run-dir", required=True, help="the run folder, a path or any fsspec URL")
     options = parser.parse_args(arguments)
-    stop = StopRequest()  # before anything slow: a signal during the imports' aftermath must not kill the process
+    stop = StopRequest()  # before the slow imports: a signal during them must not kill the process
     try:
         with open(options.config, encoding="utf-8") as file:
             config = from_yaml(file.read(), source=options.config)
-        code = run(config, RunFolder(options.run_dir), stop)
+        from trainer.run import run
+
+        return run(config, RunFolder(options.run_dir), stop)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        code = ExitCode.STOP
-    if code is ExitCode.STOP:
-        # other ranks may be waiting in a collective; the launcher ends them when this one is gone
-        sys.stdout.flush()
-        os._exit(code)
-    return code
-
-
-def run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> ExitCode:
-    world = init_world(num_threads=config.parallel.num_threads)
-    try:
-        return Run(config, folder, world, stop).train()
-    finally:
-        dist.destroy_process_group()
-
-
-class Run:
-    """Everything of one attempt, built and wired."""
-
-    def __init__(self, config: RunConfig, folder: RunFolder, world: World, stop: StopRequest) -> None:
-        self.config, self.folder, self.world = config, folder, world
-        check_layout(config, world.size)
-        if world.is_main:
-            folder.claim(config)
-        self.attempt = world.broadcast(self._register() if world.is_main else 0)
-        self.datasets = {
-            name: open_dataset(
-                resolve_url(d.url), name=name, max_samples=d.max_samples, cache_dir=config.data.cache_dir
-            )
-            for name, d in config.data.datasets.items()
-        }
-        task_class = LatentDiffusionTask if config.task.kind == "latent_diffusion" else AutoencoderTask
-        self.task: LatentDiffusionTask | AutoencoderTask = task_class(config, world.device)
-        for warning in self.task.check():
-            if world.is_main:
-                print(f"WARNING: {warning}", flush=True)
-        parallelize(self.task.module, self.task.sharding_units(), world)
-        self.exporter = self._serve_metrics()
-        self.planner = StepPlanner(config, {name: d.shard_sizes for name, d in self.datasets.items()})
-        self.records = folder.metrics_writer(self.attempt) if world.is_main else None
-        digest = config_digest(config) + "".join(f"-{name}:{d.digest}" for name, d in self.datasets.items())
-        self.trainer = Trainer(
-            config,
-            self.task,
-            world,
-            self.planner,
-            CheckpointManager(
-                f"{folder.url}/{CHECKPOINTS}",
-                keep_last=config.checkpoint.keep_last,
-                config_digest=digest,
-                code_version=version("loupe"),
-                process_group=world.host_group,
-            ),
-            self.exporter,
-            self.records,
-            stop,
-            Actions(self._on_sample, config.samples.every_steps) if config.samples else Actions(),
-        )
-
-    def _register(self) -> int:
-        return self.folder.start_attempt(
-            {
-                "time": time.time(),
-                "host": platform.node(),
-                "pid": os.getpid(),
-                "world_size": self.world.size,
-                "device": str(self.world.device),
-                "job_id": os.environ.get("SLURM_JOB_ID"),
-                "loupe": version("loupe"),
-                "torch": torch.__version__,
-            }
-        )
-
-    def _serve_metrics(self) -> Exporter:
-        exporter, config = Exporter(), self.config.metrics
-        exporter.of(metric_names.BUILD).info({"version": version("loupe"), "torch": torch.__version__})
-        exporter.of(metric_names.WORLD_SIZE).set(self.world.size)
-        exporter.of(metric_names.RESTARTS).set(self.attempt)
-        port = exporter.serve(config.bind_address, config.port + self.world.rank if config.port else 0)
-        ports = self.world.gather(port)
-        if self.world.is_main:
-            targets = [f"{config.bind_address}:{p}" for p in ports]
-            self.folder.write_json("metrics_targets.json", {"targets": targets, "attempt": self.attempt})
-            print(f"metrics of rank 0 on http://{targets[0]}/metrics", flush=True)
-        return exporter
-
-    def _make_loader(self, substitutions: Mapping[SampleRef, SampleRef]) -> Loader:
-        data = self.config.data
-        return Loader(
-            self.datasets,
-            RankRequests(self.planner, self.world.rank, self.world.size),
-            seed=self.config.seed,
-            random_crop=data.random_crop,
-            flip_probability=data.flip_probability,
-            num_workers=data.num_workers,
-            prefetch_steps=data.prefetch_steps,
-            timeout_s=data.timeout_s,
-            substitutions=substitutions,
-        )
-
-    def train(self) -> ExitCode:
-        if self.folder.exists(SUMMARY):
-            if self.world.is_main:
-                print(f"nothing to do: {self.folder.url}/{SUMMARY} says this run is done", flush=True)
-            return ExitCode.DONE
-        code = self.trainer.fit(self._make_loader)
-        if self.records:
-            self.records.close()
-        if self.world.is_main:
-            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
-        if code is ExitCode.DONE:
-            self._finish()
-        return code
-
-    # ----------------------------------------------------------------------------------------------- pictures, the end
-
-    def _first_dataset(self) -> Dataset:
-        return next(iter(self.datasets.values()))
-
-    def _prompts(self, count: int) -> list[str]:
-        """Captions spread evenly over the training data."""
-        dataset = self._first_dataset()
-        count = min(count, dataset.num_samples)
-        return [dataset.read(i * dataset.num_samples // count).captions[0] for i in range(count)]
-
-    def _on_sample(self, step: int) -> None:
-        task, config = self.task, self.config.samples
-        assert isinstance(task, LatentDiffusionTask)
-        assert config is not None
-        prompts = list(config.prompts)[: config.count] or self._prompts(config.count)
-        resolution = self.planner.plan(step - 1).phase.resolution
-        latents = sample_prompts(task, self.world, prompts, config, resolution=resolution)
-        if self.world.is_main:
-            images = task.decode(latents.to(self.world.device)).permute(0, 2, 3, 1).cpu().numpy()
-            name = "final" if step == self.trainer.total_steps else f"step-{step:08d}"
-            self.folder.write_bytes(f"samples/{name}.png", sample_grid(images, prompts))
-            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
-
-    def _finish(self) -> None:
-        extra: dict[str, float] = {}
-        with self.trainer.averaged():
-            if self.config.samples:
-                self._on_sample(self.trainer.total_steps)
-            if self.config.prompt_accuracy:
-                extra = self._prompt_accuracy()
-        if self.world.is_main:
-            progress = self.trainer.progress
-            summary = summarise(
-                self.folder, self.config, images=progress.images, train_seconds=progress.train_seconds, extra=extra
-            )
-            self.folder.write_json(SUMMARY, summary)
-            print(f"done: {progress.images} images in {summary['wall_s']:.0f} s", flush=True)
-
-    def _prompt_accuracy(self) -> dict[str, float]:
-        task, config, samples = self.task, self.config.prompt_accuracy, self.config.samples
-        assert isinstance(task, LatentDiffusionTask)
-        assert config is not None
-        assert samples is not None
-        resolution, dataset = self.config.phases[-1].resolution, self._first_dataset()
-        prompts = self._prompts(config.num_prompts)
-        generated = sample_prompts(task, self.world, prompts, samples, resolution=resolution)
-        training, captions = encode_dataset(
-            dataset, task.codec, resolution=resolution, limit=dataset.num_samples, device=self.world.device
-        )
-        accuracy, chance = prompt_accuracy(generated, prompts, training, captions, config.num_neighbours)
-        return {"prompt_accuracy": accuracy, "prompt_accuracy_chance": chance}
-
-
-class RankRequests:
-    """What one rank needs for a step: its contiguous part of the global batch. Picklable, for the loader's processes."""
-
-    def __init__(self, planner: StepPlanner, rank: int, world_size: int) -> None:
-        self._planner, self._rank, self._world_size = planner, rank, world_size
-
-    def __call__(self, step: int) -> BatchRequest:
-        plan = self._planner.plan(step)
-        count = len(plan.refs) // self._world_size
-        first = self._rank * count
-        return BatchRequest(step, plan.position + first, plan.refs[first : first + count], plan.phase.resolution)
+        print(f"error: {e}", file=sys.stderr)
+        code: int = ExitCode.STOP
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # At once: other ranks may wait for this one in a collective, and tearing down would wait for them. The launcher ends
+    # them when this process is gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

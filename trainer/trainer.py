@@ -19,9 +19,10 @@ from trainer.config import RunConfig
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
 from trainer.metrics import Exporter, LossMeter, Stopwatch, peak_memory_bytes
+from trainer.parallel.agreement import Agreement
 from trainer.parallel.apply import set_gradient_sync
 from trainer.parallel.world import World
-from trainer.preemption import Agreement, StopRequest
+from trainer.preemption import StopRequest
 from trainer.run_folder import JsonlWriter
 from trainer.step_plan import StepPlan, StepPlanner
 from trainer.tasks.base import Task
@@ -221,9 +222,8 @@ class Trainer:
         of(metric_names.PEAK_MEMORY).set(peak_memory_bytes(self.world.device))
         self.exporter.clear(metric_names.PHASE)
         of(metric_names.PHASE, plan.phase.name).set(plan.phase_index)
-        cut = getattr(self.task, "captions_cut", 0)
-        of(metric_names.CAPTIONS_CUT).inc(cut - self._cuts_seen)
-        self._cuts_seen = cut
+        of(metric_names.CAPTIONS_CUT).inc(self.task.captions_cut - self._cuts_seen)
+        self._cuts_seen = self.task.captions_cut
         if self.records is None or not losses:
             return
         self.records.write(

@@ -12,9 +12,10 @@ from tests.distributed.harness import run_ranks
 from trainer import optim
 from trainer.config import OptimConfig
 from trainer.ema import EMA
+from trainer.parallel.agreement import Agreement
 from trainer.parallel.apply import parallelize
 from trainer.parallel.world import World
-from trainer.preemption import Agreement, StopRequest
+from trainer.preemption import StopRequest
 from trainer.tensors import full, local
 
 

@@ -1,5 +1,6 @@
 """Whole runs on one and two ranks: the same losses whatever the layout, and a bad step that all ranks survive together."""
 
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 
 from tests.distributed.harness import run_ranks
 from tests.tiny import tiny
-from trainer.config import RunConfig, to_yaml
+from trainer.config import RunConfig
+from trainer.config_text import to_yaml
 from trainer.errors import ExitCode, UserError
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
@@ -16,14 +18,20 @@ from trainer.run_folder import RunFolder
 
 
 def train(world: World, config: RunConfig, url: str, poison: str = "") -> int:
-    from trainer.train import Run
+    from trainer.run import Run
 
-    run = Run(config, RunFolder(url), world, StopRequest())
+    folder = RunFolder(url)
+    run = Run(config, folder, world, StopRequest())
     if poison:
         _poison(run, poison)
-    code = run.train()
-    run.exporter.close()
-    return code
+    try:
+        return run.train()
+    finally:
+        if world.is_main:  # what Prometheus would have got
+            target = folder.read_json("metrics_targets.json")["targets"][0]
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
+                folder.write_bytes("scraped.txt", response.read())
+        run.exporter.close()
 
 
 def _poison(run: Any, kind: str) -> None:
@@ -140,3 +148,29 @@ def test_losses_that_stay_non_finite_stop_the_run_and_name_images(runs) -> None:
 def test_the_resolved_config_is_in_the_run_folder(runs) -> None:
     folder, _ = runs
     assert (folder / "one" / "config.yaml").read_text() == to_yaml(tiny())
+
+
+def test_metrics_of_a_real_run(runs) -> None:
+    folder, _ = runs
+    scraped = dict(
+        line.rsplit(" ", 1) for line in (folder / "nan_once" / "scraped.txt").read_text().splitlines() if line[0] != "#"
+    )
+    last = RunFolder(str(folder / "nan_once")).metrics()[-1]
+    assert float(scraped["loupe_step"]) == 20
+    assert float(scraped["loupe_images_total"]) == 160
+    assert float(scraped['loupe_steps_skipped_total{reason="non_finite"}']) == 1
+    assert float(scraped['loupe_phase{phase="perceptual"}']) == 2
+    assert 'loupe_phase{phase="low_resolution"}' not in scraped
+    assert float(scraped['loupe_loss{term="lpl"}']) == last["loss"]["lpl"]
+    assert float(scraped["loupe_gradient_norm"]) == last["gradient_norm"]
+    assert float(scraped["loupe_world_size"]) == 2
+    assert float(scraped['loupe_step_seconds_count{stage="total"}']) == 20
+    assert float(scraped["loupe_checkpoint_seconds_count"]) == 4
+    assert float(scraped["loupe_checkpoint_last_success_timestamp_seconds"]) > last["time"] - 60
+    assert float(scraped["loupe_peak_memory_bytes"]) > 50e6
+
+
+def test_checkpoints_are_kept_and_retired(runs) -> None:
+    folder, _ = runs
+    steps = sorted(int(p.parent.name.split("-")[1]) for p in (folder / "one" / "checkpoints").glob("*/COMMIT"))
+    assert steps == [10, 15, 20]  # every 5 steps, the last 3 kept

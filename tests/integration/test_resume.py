@@ -12,7 +12,8 @@ import pytest
 
 from tests.distributed.harness import free_port
 from tests.tiny import tiny
-from trainer.config import RunConfig, to_yaml
+from trainer.config import RunConfig
+from trainer.config_text import to_yaml
 from trainer.errors import ExitCode
 from trainer.run_folder import RunFolder
 

@@ -55,7 +55,8 @@ class EncoderBlock(nn.Module):
         self.mlp = MLP(width, 4 * width, width, nn.GELU(approximate="tanh"))
 
     def forward(self, x_BLT: Tensor, mask_BL: Tensor) -> Tensor:
-        x_BLT = x_BLT + self.out(attention(*self.qkv(self.norm1(x_BLT)), mask_BL))
+        qkv: tuple[Tensor, Tensor, Tensor] = self.qkv(self.norm1(x_BLT))
+        x_BLT = x_BLT + self.out(attention(*qkv, mask_BL))
         out: Tensor = x_BLT + self.mlp(self.norm2(x_BLT))
         return out
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import fsspec
 
-from trainer.config import RunConfig, from_yaml, suggest
+from trainer.config import RunConfig
+from trainer.config_text import from_yaml, suggest
 from trainer.errors import UserError
 from trainer.recipes.demo import demo, demo_autoencoder, photos
 

@@ -1,7 +1,7 @@
 """Stage 1 at its simplest: an `AutoencoderKL` trained with L1 and a KL penalty (Rombach et al. 2022, appendix G)."""
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from data.loader import Batch

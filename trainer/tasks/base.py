@@ -9,8 +9,13 @@ from trainer.step_plan import StepPlan
 
 
 class Task(Protocol):
-    module: nn.Module
-    """All that is trained, under one root."""
+    @property
+    def module(self) -> nn.Module:
+        """All that is trained, under one root."""
+
+    @property
+    def captions_cut(self) -> int:
+        """Captions so far that were longer than the text encoder takes."""
 
     def sharding_units(self) -> list[nn.Module]:
         """Submodules that are gathered one at a time."""

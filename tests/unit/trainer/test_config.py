@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import check_layout, config_digest, from_yaml, replace, resolve_url, to_yaml, with_overrides
+from trainer.config import check_layout, config_digest, replace, resolve_url
+from trainer.config_text import from_yaml, to_yaml, with_overrides
 from trainer.errors import UserError
 from trainer.recipes import RECIPES, load
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from trainer.config import with_overrides
+from trainer.config_text import with_overrides
 from trainer.errors import UserError
 from trainer.recipes import load
 from trainer.run_folder import RunFolder

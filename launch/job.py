@@ -1,0 +1,335 @@
+"""A job: what is asked for, whether it can run, and its record in the run folder. No torch."""
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch import snapshot
+from trainer import recipes
+from trainer.config import CODE_ROOT, RunConfig, check_layout, config_digest, resolve_url
+from trainer.config_text import with_overrides
+from trainer.errors import UserError
+from trainer.phases import Schedule
+from trainer.run_folder import CONFIG, JOB, RunFolder
+
+LOCK = "job.lock"
+"""Held by the local supervisor while it lives; the kernel lets go of it whatever the supervisor dies of."""
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """Options of sbatch; None leaves the cluster's own default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_min: int | None = None
+    """Time limit, in minutes. The job is saved and requeued before it, so it bounds an attempt and not the run."""
+    constraint: str | None = None
+    exclude: str | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    """Memory per node, in SLURM's notation (64G)."""
+    signal_delay_s: int = 120
+    """Warning before the time limit: the save must fit."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Who runs what where. Validated when made."""
+
+    recipe: str
+    """A recipe's name or a config's YAML file, as given."""
+    run_dir: str
+    """The run folder: an absolute path or a URL."""
+    cluster: str
+    """`slurm` or `local`."""
+    nodes: int = 1
+    gpus_per_node: int = 1
+    """Ranks per node; each has a GPU of its own unless `cpu`."""
+    cpu: bool = False
+    max_restarts: int = 5
+    """Crashes after which the job is not started again. Preemptions do not count."""
+    code_dir: str = ""
+    """Where the snapshot of the code goes: on a disk that all nodes see."""
+    rehearse_preemption: int | None = None
+    """Step after which the first attempt is preempted, as a cluster would; local only."""
+    slurm: SlurmOptions = SlurmOptions()
+
+    def __post_init__(self) -> None:
+        if self.cluster not in ("slurm", "local"):
+            raise UserError(f"--cluster {self.cluster}: slurm or local")
+        for option, count in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if count < 1:
+                raise UserError(f"{option} {count}: at least 1 (ranks without a GPU: --cpu)")
+        if self.max_restarts < 0:
+            raise UserError(f"--max-restarts {self.max_restarts}: 0 or more")
+        if self.rehearse_preemption is not None and self.cluster != "local":
+            raise UserError("--rehearse-preemption: goes with --cluster local; on SLURM preempt the job itself, "
+                            "`scancel --signal=TERM JOB_ID`")  # fmt: skip
+        if "%" in self.run_dir or "%" in self.code_dir:
+            raise UserError(f"--run-dir {self.run_dir}: a % in it would be expanded by SLURM; take another folder")
+        if not self.code_dir:
+            raise UserError(f"--code-dir: needed with the run folder {self.run_dir}, which is not on a disk; name a "
+                            "folder that all nodes of the job see")  # fmt: skip
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def work_dir(self) -> str:
+        """Local folder for logs, caches and SLURM's files: the run folder, or beside the code for a remote one."""
+        return self.run_dir if RunFolder(self.run_dir).is_local else f"{self.code_dir}-work"
+
+
+def absolute_run_dir(run_dir: str | None, config: RunConfig) -> tuple[str, str]:
+    """(run folder, default place of the code snapshot), the latter empty for a remote run folder.
+
+    Raises:
+        UserError: the run's name cannot be a folder, or the URL's file system is unknown.
+    """
+    if run_dir is None:
+        if set(config.name) == {"."}:
+            raise UserError(f"name: {config.name!r} cannot be the name of a folder; --set name=... or give --run-dir")
+        run_dir = f"runs/{config.name}"
+    try:
+        folder = RunFolder(run_dir)
+    except (ValueError, ImportError, OSError) as e:
+        raise UserError(f"--run-dir {run_dir}: {' '.join(str(e).split())}") from None
+    if folder.is_local:
+        path = os.path.abspath(folder.root)
+        return path, f"{path}/code"
+    return folder.url, ""
+
+
+def trainer_command(run_dir: str, work_dir: str) -> list[str]:
+    """What a rank runs. The config is read from a disk: for a remote run folder, from the copy in `work_dir`."""
+    return [sys.executable, "-m", "trainer.train", "--config", f"{work_dir}/{CONFIG}", "--run-dir", run_dir]
+
+
+# ------------------------------------------------------------------------------------------------ can it run as asked?
+
+
+def load_config(recipe: str, overrides: Sequence[str]) -> RunConfig:
+    """The resolved config. Raises UserError for an unknown recipe, field or value."""
+    return with_overrides(recipes.load(recipe), overrides)
+
+
+def check(spec: JobSpec, config: RunConfig) -> None:
+    """Everything that can be refused before the job exists, the run folder aside.
+
+    Raises:
+        UserError: layout, a local dataset or codec that is not there, a rehearsal outside of the schedule.
+    """
+    check_layout(config, spec.world_size)
+    for name, dataset in config.data.datasets.items():
+        _check_local_folder(f"data.datasets.{name}.url", dataset.url, "index.json")
+    if config.task.kind == "latent_diffusion":
+        _check_local_folder("task.codec.url", config.task.codec.url, "config.json")
+    total_steps = Schedule(config.phases).total_steps
+    if spec.rehearse_preemption is not None and not 0 < spec.rehearse_preemption < total_steps:
+        raise UserError(f"--rehearse-preemption {spec.rehearse_preemption}: the run has {total_steps} steps; "
+                        f"take 1 to {total_steps - 1}")  # fmt: skip
+
+
+def _check_local_folder(field: str, url: str, index: str) -> None:
+    path = resolve_url(url).removeprefix("file://")
+    if "://" in path:
+        return
+    if not os.path.isdir(path):
+        raise UserError(f"{field}: no folder {url}" + _elsewhere(path))
+    if not os.path.isfile(os.path.join(path, index)):
+        raise UserError(f"{field}: {url} has no {index}; it is not what `loupe data build` or diffusers writes")
+    if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
+        raise UserError(
+            f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"
+        )
+
+
+def _elsewhere(path: str) -> str:
+    return "" if os.path.isabs(path) else f" below {os.getcwd()}; start from where it is, or give an absolute path"
+
+
+# ------------------------------------------------------------------------------------------------------ the run folder
+
+
+def check_folder(folder: RunFolder, config: RunConfig, *, fresh: bool) -> None:
+    """Whether the run folder may be taken; writes nothing.
+
+    Raises:
+        UserError: a job lives in it, it holds a run of another config, or something that is not a run.
+    """
+    try:
+        live = live_job(folder)
+        if live:
+            raise UserError(f"{folder.url}: in use by {live}; stop that one first or take another --run-dir")
+        if not folder.exists(CONFIG):
+            if set(folder.names("")) - {LOCK}:
+                raise UserError(
+                    f"{folder.url}: holds something that is not a run (no {CONFIG}); take another --run-dir"
+                )
+            return
+        if fresh:
+            _check_removable(folder)
+        elif config_digest(folder.config()) != config_digest(config):
+            raise UserError(f"{folder.url}: holds run {folder.config().name!r} of another config; continue that one by "
+                            f"giving its {CONFIG}, take another --run-dir, or start over with --fresh")  # fmt: skip
+    except OSError as e:
+        raise UserError(f"{folder.url}: the run folder cannot be read ({e}); give another --run-dir") from None
+
+
+def _check_removable(folder: RunFolder) -> None:
+    """Raises UserError unless the folder is recognisably a run, and holds neither us nor the code."""
+    try:
+        tree = yaml.safe_load(folder.read_text(CONFIG))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, Mapping) or not {"name", "task", "data", "phases"} <= tree.keys():
+        raise UserError(f"{folder.url}: its {CONFIG} is not a run's; --fresh removes runs only, remove it yourself")
+    if folder.is_local:
+        root = Path(folder.root).resolve()
+        for kept in (Path.cwd(), CODE_ROOT, Path(sys.executable), Path.home()):
+            if kept.resolve().is_relative_to(root):
+                raise UserError(f"{folder.url}: contains {kept}; --fresh does not remove that, take another --run-dir")
+
+
+def remove_run(folder: RunFolder) -> None:
+    """Remove an earlier run. Its config goes last: a removal cut short is still recognisably a run.
+
+    Raises:
+        UserError: it is not a run of ours, or cannot be removed.
+    """
+    if not folder.exists(CONFIG):
+        return
+    _check_removable(folder)
+    try:
+        for entry in folder.fs.ls(folder.path(""), detail=False):
+            if os.path.basename(entry.rstrip("/")) not in (CONFIG, ""):
+                folder.fs.rm(entry, recursive=True)
+        folder.fs.rm(folder.root, recursive=True)
+    except OSError as e:
+        raise UserError(f"{folder.url}: cannot be removed ({e})") from None
+
+
+def record_job(folder: RunFolder, spec: JobSpec, **what: Any) -> None:
+    """Write `job.json`: how the run was started, by whom, and from now on every restart and the end."""
+    folder.write_json(JOB, {
+        "cluster": spec.cluster, "recipe": spec.recipe, "nodes": spec.nodes, "gpus_per_node": spec.gpus_per_node,
+        "cpu": spec.cpu, "max_restarts": spec.max_restarts, "code_dir": spec.code_dir, "work_dir": spec.work_dir,
+        "host": socket.gethostname(), "submitted_at": time.time(), **what, "restarts": [], "ended": None,
+    })  # fmt: skip
+
+
+def update_job(folder: RunFolder, **what: Any) -> None:
+    folder.write_json(JOB, {**folder.read_json(JOB), **what})
+
+
+def process_start(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since boot: with it a reused pid is told apart."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def live_job(folder: RunFolder) -> str | None:
+    """The job that this run folder belongs to right now, in words; None when there is none.
+
+    Raises:
+        UserError: it cannot be told, because its scheduler or its machine cannot be asked.
+    """
+    if not folder.exists(JOB):
+        return None
+    job = folder.read_json(JOB)
+    if job.get("cluster") == "slurm":
+        state = slurm_state(str(job.get("job_id")))
+        return f"SLURM job {job.get('job_id')} ({state})" if state else None
+    name = f"process {job.get('pid')} on {job.get('host')}"
+    if folder.is_local:
+        return name if _is_locked(folder.path(LOCK)) else None
+    if job.get("ended"):
+        return None
+    if job.get("host") == socket.gethostname():
+        return name if process_start(int(job.get("pid", 0))) == job.get("pid_start") else None
+    raise UserError(f"{folder.url}: started by {name}, which cannot be asked from here; "
+                    f"if it is gone, remove {folder.url}/{JOB}")  # fmt: skip
+
+
+def _is_locked(path: str) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def slurm_state(job_id: str) -> str | None:
+    """`PENDING`, `RUNNING`, ...; None when SLURM does not know the job any more. Asks squeue: sacct needs a database.
+
+    Raises:
+        UserError: SLURM cannot be asked.
+    """
+    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T", "--states", "all"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise UserError(
+            f"squeue: cannot say whether SLURM job {job_id} lives ({e}); ask from a node of its cluster"
+        ) from None
+    if result.returncode:
+        if "Invalid job id" in result.stderr:
+            return None
+        raise UserError(f"squeue: cannot say whether SLURM job {job_id} lives ({' '.join(result.stderr.split())})")
+    ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", ""}
+    state = result.stdout.strip()
+    return None if state in ended else state
+
+
+# --------------------------------------------------------------------------------------------------------------- units
+
+
+def time_limit_min(text: str) -> int:
+    """SLURM's notation for a time limit to minutes: `90`, `12:00:00`, `2-0`, `2-12:30`, `2-00:00:00`.
+
+    Raises:
+        UserError: something else.
+    """
+    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(\d+):(\d+):(\d+))|(\d+)", text.strip())
+    if not match:
+        raise UserError(f"--time {text}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, hours, minutes, seconds, h, m, s, only_minutes = (int(group or 0) for group in match.groups())
+    total_s = ((days * 24 + hours + h) * 60 + minutes + m + only_minutes) * 60 + seconds + s
+    if total_s < 60:
+        raise UserError(f"--time {text}: at least one minute")
+    return -(-total_s // 60)
+
+
+def signal_name(code: int) -> str:
+    """An exit code in words: of a process that a signal ended, the signal."""
+    number = -code if code < 0 else code - 128
+    if code < 0 or 128 < code < 160:
+        try:
+            return f"{signal.Signals(number).name} (code {code})"
+        except ValueError:
+            pass
+    return f"code {code}"

@@ -1,0 +1,231 @@
+"""The supervisor of a job on this machine: starts the ranks, shows progress, restarts as a cluster would. No torch."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from launch.console import Display, Follower, where_things_are
+from launch.environment import Place
+from launch.job import LOCK, JobSpec, process_start, record_job, signal_name, trainer_command
+from launch.ranks import (
+    CRASH_GRACE_S,
+    Outcome,
+    decide,
+    end_job,
+    kill_rank,
+    last_line,
+    log_path,
+    outcome_of,
+    signal_rank,
+    start_rank,
+)
+from trainer.config import RunConfig
+from trainer.errors import ExitCode, UserError
+from trainer.run_folder import RunFolder
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+"""Each means: save and stop. SIGUSR2 is the warning before a time limit, where a cluster runs the supervisor."""
+MAX_BACKOFF_S = 60.0
+
+
+def run_local(
+    spec: JobSpec, config: RunConfig, folder: RunFolder, display: Display, prepare: Callable[[], object]
+) -> int:
+    """Supervise the job until it ends for good; returns the exit code of the command.
+
+    `prepare` fills the run folder, once it is this process's alone.
+    """
+    os.makedirs(spec.work_dir, exist_ok=True)
+    with _lock(spec, folder):
+        prepare()
+        record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
+        return Supervisor(spec, config, folder, display).run()
+
+
+@contextmanager
+def _lock(spec: JobSpec, folder: RunFolder) -> Iterator[None]:
+    """The run folder is this process's until it ends, of whatever it dies."""
+    with open(os.path.join(spec.work_dir, LOCK), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder.url}: another job has just taken it; take another --run-dir") from None
+        yield
+
+
+class Supervisor:
+    """One job on this machine.
+
+    Args:
+        command: what each rank runs; the trainer, unless a test says otherwise.
+        backoff_s: pause before the first restart after a crash; doubles with each.
+        crash_grace_s: how long the others may live after one rank has crashed.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        config: RunConfig,
+        folder: RunFolder,
+        display: Display,
+        *,
+        command: Sequence[str] | None = None,
+        backoff_s: float = 1.0,
+        crash_grace_s: float = CRASH_GRACE_S,
+        poll_s: float = 0.2,
+    ) -> None:
+        self._spec, self._config, self._folder, self._display = spec, config, folder, display
+        self._command = command or trainer_command(spec.run_dir, spec.work_dir)
+        self._backoff_s, self._crash_grace_s, self._poll_s = backoff_s, crash_grace_s, poll_s
+        self._stop: int | None = None
+        """The signal that asked this process to stop."""
+        self._kill = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._rehearsed = False
+        self._follower = Follower(folder, display, from_now=True)
+
+    def run(self) -> int:
+        handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        try:
+            return self._run()
+        finally:
+            for process in self._processes:
+                kill_rank(process)
+                process.wait()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self._display.close()
+
+    def _run(self) -> int:
+        crashes = attempt = 0
+        while True:
+            self._display.note(f"{self._spec.run_dir}: {self._spec.world_size} process(es), "
+                               f"logs in {log_path(self._spec.work_dir, 0).parent}")  # fmt: skip
+            outcome = self._attempt(attempt)
+            log = log_path(self._spec.work_dir, outcome.rank)
+            if self._stop is not None and outcome.kind != "done":
+                return self._stopped(outcome, log)
+            decision = decide(
+                self._folder, outcome, preempted=self._rehearsed, log=log, max_restarts=self._spec.max_restarts
+            )
+            if not decision.restart:
+                self._display.note("done" if decision.code == 0 else f"the run has stopped: {decision.why}")
+                self._say_where()
+                return decision.code
+            crashes += outcome.kind == "crash"
+            pause_s = min(self._backoff_s * 2 ** (crashes - 1), MAX_BACKOFF_S) if outcome.kind == "crash" else 0.0
+            self._display.note(f"{decision.why}; starting again" + (f" in {pause_s:.0f} s" if pause_s else ""))
+            self._sleep(pause_s)
+            if self._stop is not None:
+                return self._stopped(Outcome("requeue", int(ExitCode.REQUEUE), 0), log)
+            attempt += 1
+
+    def _stopped(self, outcome: Outcome, log: Path) -> int:
+        """The user, or a cluster around us, has asked for the end: no restart."""
+        assert self._stop is not None
+        name = signal.Signals(self._stop).name
+        if self._kill:
+            code, why = (
+                128 + self._stop,
+                "killed before it had saved; the same command goes on from the newest checkpoint",
+            )
+        elif outcome.kind == "requeue":
+            code, why = int(ExitCode.REQUEUE), f"stopped after saving ({name}); the same command goes on from here"
+        else:
+            code = outcome.code if outcome.code > 0 else 128 - outcome.code
+            why = (
+                f"rank {outcome.rank} ended with {signal_name(outcome.code)} while stopping ({name}): {last_line(log)}"
+            )
+        end_job(self._folder, code, why)
+        self._display.note(why)
+        self._say_where()
+        return code
+
+    def _say_where(self) -> None:
+        for text in where_things_are(self._folder):
+            self._display.note(text)
+
+    # ----------------------------------------------------------------------------------------------------- one attempt
+
+    def _attempt(self, attempt: int) -> Outcome:
+        """Start all ranks, wait for their end; returns what it says."""
+        world_size = self._spec.world_size
+        port = _free_port()
+        self._rehearsed = False
+        self._processes = []
+        for rank in range(world_size):
+            place = Place(
+                rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
+                master_addr="127.0.0.1", master_port=port, code_dir=self._spec.code_dir, work_dir=self._spec.work_dir,
+                use_gpus=not self._spec.cpu, num_threads=self._config.parallel.num_threads, one_machine=True,
+            )  # fmt: skip
+            self._processes.append(start_rank(self._command, place, attempt=f"start {attempt}"))
+        if self._stop is not None:
+            self._pass_on(signal.SIGTERM)  # asked while they were being started
+        codes: dict[int, int] = {}
+        first = 0
+        said = False
+        deadline: float | None = None
+        while len(codes) < world_size:
+            for rank, process in enumerate(self._processes):
+                if rank not in codes and process.poll() is not None:
+                    first = first if codes else rank
+                    codes[rank] = process.returncode
+            if len(codes) == world_size or self._kill:
+                break
+            if deadline is None and any(code not in (0, ExitCode.REQUEUE) for code in codes.values()):
+                deadline = time.monotonic() + self._crash_grace_s
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            self._follower.poll()
+            self._rehearse(attempt)
+            if self._stop is not None and not said:
+                said = True
+                self._display.note("stopping: the ranks save first; Ctrl-C again kills them")
+            time.sleep(self._poll_s)
+        for process in self._processes:
+            kill_rank(process)  # those that linger, and data workers that a crash has left
+            process.wait()
+        self._processes = []
+        self._follower.poll()
+        return outcome_of(codes, first=first, world_size=world_size, stop_requested=self._stop is not None)
+
+    def _rehearse(self, attempt: int) -> None:
+        at = self._spec.rehearse_preemption
+        if at is not None and attempt == 0 and not self._rehearsed and self._follower.step >= at:
+            self._rehearsed = True
+            self._display.note(f"rehearsing a preemption at step {self._follower.step}: SIGTERM to all ranks")
+            self._pass_on(signal.SIGTERM)
+
+    # --------------------------------------------------------------------------------------------------------- signals
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop is not None and number == signal.SIGINT:
+            self._kill = True
+            return
+        if self._stop is None:
+            self._stop = number
+            # Notes are written by the loop: a handler that interrupts a write must not write itself.
+            self._pass_on(signal.SIGTERM)
+
+    def _pass_on(self, number: int) -> None:
+        for process in self._processes:
+            signal_rank(process, number)
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self._stop is None and time.monotonic() < end:
+            time.sleep(min(0.1, seconds))
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,115 @@
+"""Bad input to a job: exit code 93, one line that names what and the mend, and nothing written that looks like a result."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny
+from trainer.config_text import to_yaml
+from trainer.errors import ExitCode
+
+ROOT = Path(__file__).parents[2]
+ASSET = ROOT / "data" / "assets" / "emoji_64"
+
+
+def job(folder: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and standard error of one rank alone."""
+    config = folder.parent / "config.yaml"
+    config.write_text(to_yaml(tiny("data.num_workers=0", "phases.low_resolution.steps=1", *overrides)))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.train", "--config", str(config), "--run-dir", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    code, stderr = job(folder, *overrides)
+    assert code == ExitCode.STOP, stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in stderr
+    assert not (folder / "summary.json").exists()
+    assert not list(folder.glob("checkpoints/*/COMMIT"))
+    return errors[0]
+
+
+def copy_of_the_dataset(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ASSET, tmp_path / "dataset"))
+
+
+def test_missing_dataset(tmp_path) -> None:
+    error = refused(tmp_path / "run", f"data.datasets.emoji.url={tmp_path}/nowhere")
+    assert "nowhere" in error
+    assert "loupe data build" in error
+
+
+def test_shard_with_a_wrong_hash(tmp_path) -> None:
+    dataset = copy_of_the_dataset(tmp_path)
+    shard = dataset / "shard.00000.mds"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    error = refused(tmp_path / "run", f"data.datasets.emoji.url={dataset}")
+    assert "shard.00000.mds" in error
+    assert "hash" in error
+
+
+def test_resolution_that_the_codec_does_not_divide(tmp_path) -> None:
+    error = refused(tmp_path / "run", "phases.full_resolution.resolution=60")
+    assert "phases.1.resolution: 60 px" in error
+
+
+def test_missing_codec(tmp_path) -> None:
+    assert f"{tmp_path}/codec" in refused(tmp_path / "run", f"task.codec.url={tmp_path}/codec")
+
+
+def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
+    dataset, folder = copy_of_the_dataset(tmp_path), tmp_path / "run"
+    steps = ("phases.full_resolution.steps=1", "phases.perceptual.steps=2", "checkpoint.every_steps=2")
+    here = f"data.datasets.emoji.url={dataset}"
+    code, stderr = job(folder, *steps, here)
+    assert code == ExitCode.DONE, stderr
+    (folder / "summary.json").unlink()
+
+    # bit rot in every checkpoint must not look like a fresh start
+    kept = {path: path.read_bytes() for path in folder.glob("checkpoints/*/*.safetensors")}
+    assert len(kept) == 2
+    for path, data in kept.items():
+        path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
+    code, stderr = job(folder, *steps, here)
+    assert code == ExitCode.STOP
+    assert "checkpoints are damaged and set aside" in stderr
+    for path, data in kept.items():
+        path.write_bytes(data)
+        (path.parent / "SET-ASIDE.json").unlink()
+
+    # other data at the same place: the stream would not be the one that the checkpoint stands in
+    index = dataset / "index.json"
+    index.write_text(index.read_text() + " ")
+    text = (dataset / "dataset.json").read_text()
+    from data.schema import DatasetInfo, index_digest
+
+    info = DatasetInfo.model_validate_json(text).model_copy(update={"index_digest": index_digest(index.read_bytes())})
+    (dataset / "dataset.json").write_text(info.model_dump_json())
+    code, stderr = job(folder, *steps, here)
+    assert code == ExitCode.STOP
+    assert "written by a run of config" in stderr
+
+
+@pytest.mark.parametrize("where", ["/proc/loupe", "file"])
+def test_unwritable_run_folder(where, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    target = Path(where) if where.startswith("/") else tmp_path / "file" / "run"
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(tiny()))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.train", "--config", str(config), "--run-dir", str(target)],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.STOP
+    assert "cannot be written" in done.stderr

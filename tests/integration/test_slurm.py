@@ -1,0 +1,124 @@
+"""The demo, small, as a job of a real SLURM with two nodes: submitted by our command, preempted by SLURM itself."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import slurm_cluster
+from tests.slurm_cluster import SlurmCluster
+from tests.tiny import TINY
+from trainer.config import CODE_ROOT
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(not slurm_cluster.installed(), reason="SLURM's daemons are missing, or this is not root"),
+]
+START_S = 180.0
+"""Longest that a job may take from the queue to its first step; mostly the import of torch, on busy cores."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def submit(cluster: SlurmCluster, run_dir: Path, *arguments: str, check: bool = True) -> str:
+    """Returns the job's id, or where `check` is off, what was said on stderr."""
+    settings = [word for override in TINY for word in ("--set", override)]
+    result = subprocess.run(
+        [
+            sys.executable, str(CODE_ROOT / "launch/slurm.py"), "demo", "--cluster", "slurm", "--nodes", "2", "--cpu",
+            *settings, "--run-dir", str(run_dir), *arguments,
+        ],
+        env=cluster.environment, cwd=run_dir.parent, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    if not check:
+        assert result.returncode == 2
+        return result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()[1].rstrip(":")
+
+
+def steps_by_attempt(run_dir: Path) -> list[list[int]]:
+    return [
+        [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        for path in sorted((run_dir / "metrics").glob("*.jsonl"))
+    ]
+
+
+def job_record(run_dir: Path) -> dict:  # type: ignore[type-arg]
+    record: dict = json.loads((run_dir / "job.json").read_text())  # type: ignore[type-arg]
+    return record
+
+
+def logs(run_dir: Path) -> str:
+    paths = [*sorted((run_dir / "slurm").glob("*.out")), *sorted((run_dir / "logs").glob("*"))]
+    return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in paths)
+
+
+def wait_for_steps(cluster: SlurmCluster, job_id: str, run_dir: Path, count: int) -> None:
+    end = time.monotonic() + START_S
+    while not steps_by_attempt(run_dir) or len(steps_by_attempt(run_dir)[-1]) < count:
+        state = cluster.state(job_id)
+        assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"job is {state}\n{logs(run_dir)}"
+        assert time.monotonic() < end, logs(run_dir)
+        time.sleep(0.1)
+
+
+def wait_for_end(cluster: SlurmCluster, job_id: str, run_dir: Path) -> None:
+    state = cluster.wait_for(job_id, "COMPLETED", "FAILED", "CANCELLED", timeout_s=START_S)
+    assert state == "COMPLETED", logs(run_dir)
+
+
+def test_a_job_completes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    job_id = submit(cluster, run_dir)
+    assert f"in use by SLURM job {job_id}" in submit(cluster, run_dir, check=False)
+    wait_for_end(cluster, job_id, run_dir)
+    assert steps_by_attempt(run_dir) == [list(range(1, 21))]
+    assert job_record(run_dir)["ended"]["code"] == 0
+    attempt = json.loads((run_dir / "attempts/0000.json").read_text())
+    assert (attempt["world_size"], attempt["job_id"]) == (2, job_id)
+
+
+def test_a_preempted_job_saves_is_queued_again_and_loses_no_step(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    job_id = submit(cluster, run_dir, "--partition", "low", "--set", "phases.low_resolution.steps=400")
+    wait_for_steps(cluster, job_id, run_dir, 5)
+    other = ["sbatch", "--parsable", "--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
+    other_id = cluster.run(*other, "--wrap", "sleep 1")
+    cluster.wait_for(other_id, "RUNNING", "COMPLETED", timeout_s=60)
+    assert cluster.field(job_id, "Restarts") == "1", logs(run_dir)
+    stopped_at = steps_by_attempt(run_dir)[0][-1]
+    assert stopped_at < 412
+    cluster.start_now(job_id)
+    wait_for_end(cluster, job_id, run_dir)
+    assert [entry["reason"] for entry in job_record(run_dir)["restarts"]] == ["preempted"]
+    first, second = steps_by_attempt(run_dir)
+    assert [*first, *second] == list(range(1, 413)), "every step once"
+
+
+def test_a_cancelled_job_does_not_return(cluster: SlurmCluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    job_id = submit(cluster, run_dir, "--set", "phases.low_resolution.steps=100000")
+    wait_for_steps(cluster, job_id, run_dir, 1)
+    cluster.run("scancel", job_id)
+    assert cluster.wait_for(job_id, "CANCELLED", "PENDING", "COMPLETED", "FAILED", timeout_s=60) == "CANCELLED"
+    assert cluster.field(job_id, "Restarts") == "0"
+    assert job_record(run_dir)["restarts"] == []
+
+
+def test_a_job_that_slurm_would_not_take_is_refused_before_anything_is_written(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    error = submit(cluster, tmp_path / "r", "--partition", "nowhere", check=False)
+    assert error.startswith("error: sbatch: ")
+    assert "partition" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,191 @@
+"""The supervisor against real processes: a stand-in for the trainer, which exits as it is told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.console import PlainDisplay
+from launch.job import JobSpec, live_job, process_start, record_job
+from launch.local import Supervisor, _lock
+from launch.ranks import log_path
+from trainer.errors import UserError
+from trainer.recipes import load
+from trainer.run_folder import RunFolder
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+Run = Callable[..., tuple[int, list[str]]]
+
+
+def job_record(run_dir: Path) -> dict:  # type: ignore[type-arg]
+    record: dict = json.loads((run_dir / "job.json").read_text())  # type: ignore[type-arg]
+    return record
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def supervise(
+        *arguments: str, ranks: int = 2, max_restarts: int = 5, rehearse: int | None = None
+    ) -> tuple[int, list[str]]:
+        spec = JobSpec("demo", str(tmp_path), "local", gpus_per_node=ranks, cpu=True, max_restarts=max_restarts,
+                       code_dir=str(tmp_path / "code"), rehearse_preemption=rehearse)  # fmt: skip
+        notes: list[str] = []
+        folder = RunFolder(str(tmp_path))
+        record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
+        command = [sys.executable, str(STAND_IN), "--run-dir", str(tmp_path), *arguments]
+        supervisor = Supervisor(spec, load("demo"), folder, PlainDisplay(notes.append), command=command,
+                                backoff_s=0.01, crash_grace_s=0.5, poll_s=0.02)  # fmt: skip
+        return supervisor.run(), notes
+
+    return supervise
+
+
+def test_a_run_that_ends_well(run: Run, tmp_path: Path) -> None:
+    code, notes = run("--steps", "5")
+    assert code == 0
+    assert job_record(tmp_path)["ended"]["code"] == 0
+    assert any(note.startswith("step 5/5") and "denoising 0.2" in note for note in notes)
+    assert f"metrics:       {tmp_path}/metrics" in notes, "says where things are"
+    log = log_path(str(tmp_path), 1).read_text()
+    assert log.startswith("==== ")
+    assert "rank 1 of 2" in log
+
+
+def test_a_crash_is_answered_by_a_restart(run: Run, tmp_path: Path) -> None:
+    code, notes = run("--script", "0:3:1:7")
+    assert code == 0
+    assert any("rank 1 ended with code 7: error: told to end with 7" in note for note in notes)
+    assert [entry["reason"] for entry in job_record(tmp_path)["restarts"]] == ["crash"]
+    assert log_path(str(tmp_path), 0).read_text().count("====") == 2, "logs are appended to, with a header a start"
+
+
+def test_a_killed_rank_takes_the_hanging_others_with_it(run: Run) -> None:
+    start = time.monotonic()
+    code, notes = run("--script", "0:3:1:kill,0:4:0:hang")
+    assert code == 0
+    assert time.monotonic() - start < 10
+    assert any("rank 1 ended with SIGKILL" in note for note in notes)
+
+
+def test_the_budget_ends_a_run_that_crashes_on(run: Run, tmp_path: Path) -> None:
+    code, notes = run("--script", "0:3:0:7,1:6:0:7,2:9:0:7", max_restarts=2)
+    assert code == 7
+    assert "budget of 2 restarts" in notes[-3] or any("budget of 2 restarts" in note for note in notes)
+    assert job_record(tmp_path)["ended"]["code"] == 7
+
+
+def test_restarts_without_a_newer_step_end_the_run(run: Run, tmp_path: Path) -> None:
+    code, notes = run("--script", "*:3:0:7", max_restarts=100)
+    assert code == 93
+    assert len(list((tmp_path / "attempts").glob("*-0"))) == 4
+    assert any("3 restarts have not brought it past step 3" in note for note in notes)
+
+
+def test_do_not_restart_is_obeyed_and_the_reason_shown(run: Run, tmp_path: Path) -> None:
+    # rank 0 crashes first, since its peer is gone; the peer knows why
+    code, notes = run("--script", "0:3:0:1,0:4:1:93")
+    assert code == 93
+    assert any("error: told to end with 93 (rank 1" in note for note in notes)
+    assert job_record(tmp_path)["restarts"] == []
+
+
+def test_a_trainer_that_asks_for_a_restart_gets_one(run: Run, tmp_path: Path) -> None:
+    code, _ = run("--script", "0:3:0:75,0:3:1:75")
+    assert code == 0
+    assert [entry["reason"] for entry in job_record(tmp_path)["restarts"]] == ["asked by the trainer"]
+
+
+def test_rehearsed_preemption_saves_and_goes_on(run: Run, tmp_path: Path) -> None:
+    code, notes = run("--steps", "60", "--step-s", "0.02", rehearse=10)
+    assert code == 0
+    assert [entry["reason"] for entry in job_record(tmp_path)["restarts"]] == ["preempted"]
+    assert "saved at step" in log_path(str(tmp_path), 0).read_text()
+    assert "saved at step" in log_path(str(tmp_path), 1).read_text()
+    first = [json.loads(line)["step"] for line in (tmp_path / "metrics/0000.jsonl").read_text().splitlines()]
+    second = [json.loads(line)["step"] for line in (tmp_path / "metrics/0001.jsonl").read_text().splitlines()]
+    assert first[-1] >= 10
+    assert second[0] == first[-1] + 1, "goes on where it stopped"
+    assert any(note == "started again: attempt 0001" for note in notes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_stop_is_passed_on_and_ends_without_restart(run: Run, tmp_path: Path, number: int) -> None:
+    def stop_when_running() -> None:
+        while not list((tmp_path / "metrics").glob("*")) or not (tmp_path / "metrics/0000.jsonl").stat().st_size:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop_when_running)
+    thread.start()
+    code, notes = run("--steps", "100000")
+    thread.join()
+    assert code == 75
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+    assert any("the same command goes on from here" in note for note in notes)
+    assert job_record(tmp_path)["ended"]["code"] == 75
+
+
+def test_a_second_ctrl_c_kills(run: Run, tmp_path: Path) -> None:
+    def interrupt_twice() -> None:
+        while not list((tmp_path / "metrics").glob("*")) or not (tmp_path / "metrics/0000.jsonl").stat().st_size:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=interrupt_twice)
+    thread.start()
+    code, _ = run("--steps", "100000", "--script", "0:3:1:hang")
+    thread.join()
+    assert code == 130
+
+
+SUPERVISE = """
+import os, sys
+from launch.console import PlainDisplay
+from launch.job import JobSpec, record_job
+from launch.local import Supervisor
+from trainer.recipes import load
+from trainer.run_folder import RunFolder
+run_dir = sys.argv[1]
+spec = JobSpec("demo", run_dir, "local", gpus_per_node=2, cpu=True, code_dir=run_dir + "/code")
+record_job(RunFolder(run_dir), spec)
+Supervisor(spec, load("demo"), RunFolder(run_dir), PlainDisplay(), command=sys.argv[2:]).run()
+"""
+
+
+def test_ranks_die_with_their_supervisor(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    rank = f"import os, time; open(r'{pids}/' + str(os.getpid()), 'w').close(); time.sleep(100)"
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(tmp_path), sys.executable, "-c", rank])
+    while len(list(pids.iterdir())) < 2:
+        time.sleep(0.02)
+        assert supervisor.poll() is None
+    supervisor.kill()
+    supervisor.wait()
+    end = time.monotonic() + 5
+    while any(process_start(int(path.name)) for path in pids.iterdir()):
+        assert time.monotonic() < end, "a rank has outlived its supervisor"
+        time.sleep(0.02)
+
+
+def test_the_lock_makes_a_folder_in_use_known_and_a_dead_pid_does_not(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    spec = JobSpec("demo", str(tmp_path), "local", cpu=True, code_dir=str(tmp_path / "code"))
+    record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
+    assert live_job(folder) is None, "a pid alone is no life: the lock is free"
+    with _lock(spec, folder):
+        assert str(os.getpid()) in (live_job(folder) or "")
+        with pytest.raises(UserError, match="another job"), _lock(spec, folder):
+            pass
+    assert live_job(folder) is None
