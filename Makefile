@@ -6,7 +6,7 @@ PY     := $(BIN)/python
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos demo-autoencoder test test-slow test-gpu lint types format lock clean
+.PHONY: help setup demo photos demo-autoencoder test lint types format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -21,25 +21,19 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup ## the main job on embedded defaults: train, be preempted, resume, sample (under 10 minutes on two cores)
-	$(PY) launch/slurm.py demo --cluster local --gpus-per-node 2 --run-dir runs/demo --fresh --rehearse-preemption 300
+	$(PY) launch/slurm.py demo --cluster local --gpus-per-node 2 --cpu --run-dir runs/demo --fresh --rehearse-preemption 300
 
 PHOTOS ?= ../shared/data/coco_open_256
 photos: setup ## the demo's model on a folder of captioned photos: make photos PHOTOS=FOLDER
 	$(BIN)/loupe data build $(PHOTOS) runs/photos-data --overwrite
-	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --fresh
+	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --cpu --fresh
 
 demo-autoencoder: setup ## train the demo's autoencoder again and put it in the place of the shipped one
-	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --fresh
+	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --cpu --fresh
 	$(BIN)/loupe export runs/demo_autoencoder trainer/assets/demo_autoencoder
 
-test: setup ## everything that needs neither a GPU nor long (under 15 minutes on two cores)
-	$(PY) -m pytest -m "not slow and not gpu"
-
-test-slow: setup ## the long tests
-	$(PY) -m pytest -m "slow and not gpu"
-
-test-gpu: setup ## the tests that need a CUDA device
-	$(PY) -m pytest -m gpu
+test: setup ## all tests (under 15 minutes on two cores)
+	$(PY) -m pytest
 
 lint: setup ## ruff: lint and format
 	$(BIN)/ruff check .

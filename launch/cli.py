@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "recipes": ("launch.cli:recipes", "The runs that are there to start from."),
     "runs": ("launch.cli:runs", "Look at runs: progress, state, where things are."),
     "data": ("data.cli:cli", "Build and inspect datasets."),
+    "export": ("launch.cli:export", "Write a trained autoencoder as a folder that diffusers loads."),
     "train": ("launch.cli:train", "Run one rank in this process; launchers do this for you."),
 }
 """Name: (module:attribute, one line for `--help`, which must not import the module)."""
@@ -137,6 +138,26 @@ def _existing(run: str):  # type: ignore[no-untyped-def]  # RunFolder would impo
     if not found:
         raise UserError(f"{run}: no run there (no {CONFIG}); give a run folder such as runs/demo")
     return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("run")
+@click.argument("out")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the written weights.")
+def export(run: str, out: str, dtype: str) -> None:
+    """Write the averaged autoencoder of RUN to folder OUT, with the scale and shift of its latents.
+
+    OUT can then be a recipe's `task.codec.url`, and diffusers' `AutoencoderKL.from_pretrained` loads it.
+    """
+    import torch
+
+    from trainer.export import export_autoencoder
+
+    measured = export_autoencoder(run, out, dtype=getattr(torch, dtype))
+    click.echo(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- train

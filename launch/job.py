@@ -17,7 +17,7 @@ import yaml
 
 from launch import snapshot
 from trainer import recipes
-from trainer.config import CODE_ROOT, RunConfig, check_layout, config_digest, resolve_url
+from trainer.config import CODE_ROOT, RunConfig, check_layout, resolve_url
 from trainer.config_text import with_overrides
 from trainer.errors import UserError
 from trainer.phases import Schedule
@@ -183,9 +183,8 @@ def check_folder(folder: RunFolder, config: RunConfig, *, fresh: bool) -> None:
             return
         if fresh:
             _check_removable(folder)
-        elif config_digest(folder.config()) != config_digest(config):
-            raise UserError(f"{folder.url}: holds run {folder.config().name!r} of another config; continue that one by "
-                            f"giving its {CONFIG}, take another --run-dir, or start over with --fresh")  # fmt: skip
+        else:
+            folder.check(config)
     except OSError as e:
         raise UserError(f"{folder.url}: the run folder cannot be read ({e}); give another --run-dir") from None
 

@@ -1,13 +1,13 @@
 """What all tests share: the folder beside the checkout, and what happens where a thing they need is missing."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests import slurm_cluster
+
 SHARED = Path(__file__).parents[2] / "shared"
-_SLURM = ("slurmctld", "slurmd", "munged")
 
 
 @pytest.fixture(scope="session")
@@ -19,15 +19,8 @@ def shared_dir() -> Path:
 def _missing(item: pytest.Item) -> str | None:
     if item.get_closest_marker("shared") and not (SHARED / "data").is_dir():
         return "../shared is not beside the checkout"
-    if item.get_closest_marker("slurm"):
-        absent = [name for name in _SLURM if not (shutil.which(name) or Path(f"/usr/sbin/{name}").exists())]
-        if absent:
-            return f"SLURM is not installed ({', '.join(absent)}); .ci/install-services.sh installs it"
-    if item.get_closest_marker("gpu"):
-        import torch
-
-        if not torch.cuda.is_available():
-            return "no CUDA device"
+    if item.get_closest_marker("slurm") and not slurm_cluster.installed():
+        return "SLURM's daemons are not installed, or this is not root; .ci/install-services.sh installs them"
     return None
 
 

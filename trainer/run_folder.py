@@ -85,20 +85,29 @@ class RunFolder:
 
     # --------------------------------------------------------------------------------------------------- config
 
+    def check(self, config: RunConfig) -> None:
+        """Confirm that the folder is free or already this config's; writes nothing.
+
+        Raises:
+            UserError: it holds a run of another config.
+        """
+        if not self.exists(CONFIG):
+            return
+        found = self.config()
+        if config_digest(found) != config_digest(config):
+            raise UserError(
+                f"{self.url}: holds run {found.name!r} of another config; continue that one by giving its {CONFIG}, "
+                "take another --run-dir, or start over with --fresh"
+            )
+
     def claim(self, config: RunConfig) -> None:
-        """Make the folder this config's, or confirm that it is.
+        """Make the folder this config's, after `check`.
 
         Raises:
             UserError: it holds a run of another config, or cannot be written.
         """
         try:
-            if self.exists(CONFIG):
-                found = self.config()
-                if config_digest(found) != config_digest(config):
-                    raise UserError(
-                        f"{self.url}: holds run {found.name!r} of another config; continue that one by giving its "
-                        f"{CONFIG}, take another --run-dir, or start over with --fresh"
-                    )
+            self.check(config)
             self.write_text(CONFIG, to_yaml(config))
         except OSError as e:
             raise UserError(f"{self.url}: the run folder cannot be written ({e}); give a writable --run-dir") from None

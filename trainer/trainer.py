@@ -99,9 +99,12 @@ class Trainer:
         agreement = Agreement(self.world.host_group)
         loader = make_loader(self.progress.substitutions)
         watch = Stopwatch()
+        first, code = self.progress.step, ExitCode.DONE
         try:
-            for batch in loader.steps(self.progress.step, self.total_steps):
+            for batch in loader.steps(first, self.total_steps):
                 waited = watch.lap()
+                if batch.step == first:
+                    waited = 0.0  # for workers to start, not for data
                 plan = self.planner.plan(batch.step)
                 self._train_step(batch, plan)
                 self._count(batch, plan, waited, watch.lap())
@@ -113,12 +116,13 @@ class Trainer:
                     )
                     self._report(plan)
                     self._save()
-                    return ExitCode.REQUEUE
+                    code = ExitCode.REQUEUE
+                    break
                 watch.lap()
         finally:
-            agreement.close()
             loader.close()
-        return ExitCode.DONE
+        agreement.close()  # not after an error: other ranks may never take part
+        return code
 
     def _train_step(self, batch: Batch, plan: StepPlan) -> None:
         """Accumulate, clip, check, update. Everything stays on the device."""
@@ -211,6 +215,8 @@ class Trainer:
         self._resolve_pending()
         self._share_substitutions()
         losses = self.losses.take()
+        if not self._interval_images:  # reported at this very step already
+            return
         speed = self._interval_images / self._interval_seconds if self._interval_seconds else 0.0
         self._interval_images, self._interval_seconds = 0, 0.0
         of = self.exporter.of

@@ -57,7 +57,9 @@ def main() -> None:
             if i:  # the first warms up
                 seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"device {world.device}, {torch.get_num_threads()} thread(s), batch {options.batch_size}, {options.resolution} px")
+    print(
+        f"device {world.device}, {torch.get_num_threads()} thread(s), batch {options.batch_size}, {options.resolution} px"
+    )
     for name, value in medians.items():
         print(f"{name:8s} {value * 1000:8.1f} ms a step")
     print(f"ratio    {medians['with'] / medians['without']:8.2f}")

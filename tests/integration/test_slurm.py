@@ -14,10 +14,7 @@ from tests.slurm_cluster import SlurmCluster
 from tests.tiny import TINY
 from trainer.config import CODE_ROOT
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(not slurm_cluster.installed(), reason="SLURM's daemons are missing, or this is not root"),
-]
+pytestmark = pytest.mark.slurm
 START_S = 180.0
 """Longest that a job may take from the queue to its first step; mostly the import of torch, on busy cores."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
 from trainer.config import MMDiTConfig
