@@ -299,19 +299,13 @@ def _start_forkserver() -> None:
     torch each time. Signals are blocked while it starts, and stay so in it: it must outlive a SIGTERM to the job.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_main_module(), "data.loader"])
+    context.set_forkserver_preload(["data.loader"])
     multiprocessing.resource_tracker.ensure_running()  # first, since its start unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _WORKER_SIGNALS)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _main_module() -> list[str]:
-    """The module that `python -m` runs. Workers run it again under another name; what it imports is then there."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name] if spec is not None and not spec.name.endswith("__main__") else []
 
 
 def _become_worker(_worker_id: int) -> None:

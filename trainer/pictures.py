@@ -52,19 +52,24 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
             if panel == "images_per_s" or panel in r["loss"]
         ]
         axes.plot(*zip(*points, strict=True), linewidth=1.5, marker="." if len(points) < 40 else None)
-        if panel != "images_per_s" and all(value > 0 for _, value in points):
+        if panel == "gate":
+            axes.set_ylim(0, 1)
+        elif panel != "images_per_s" and all(value > 0 for _, value in points):
             axes.set_yscale("log")
         for k, (name, first, last) in enumerate(bounds):
             axes.axvspan(first, last, color="0.5", alpha=0.12 if k % 2 else 0.04, linewidth=0)
             if i == 0:
                 axes.text((first + last) / 2, 1.01, name, ha="center", va="bottom", fontsize=7,
                           transform=axes.get_xaxis_transform())  # fmt: skip
-        axes.set_title("images per second" if panel == "images_per_s" else panel.replace("_", " "), pad=14)
+        axes.set_title(_TITLES.get(panel, panel.replace("_", " ")), pad=14)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+_TITLES = {"images_per_s": "images per second", "gate": "share of samples inside the LPL gate"}
 
 
 def _term_order(term: str) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-from data.loader import BatchRequest, Loader
+from data.loader import Loader
 from data.plan import SampleRef
 from data.reader import Dataset, open_dataset
 from trainer import metric_names
@@ -23,6 +23,7 @@ from trainer.parallel.apply import parallelize
 from trainer.parallel.world import World, init_world
 from trainer.pictures import loss_curves, sample_grid
 from trainer.preemption import StopRequest
+from trainer.requests import RankRequests
 from trainer.run_folder import CHECKPOINTS, SUMMARY, RunFolder
 from trainer.step_plan import StepPlanner
 from trainer.summary import summarise
@@ -188,16 +189,3 @@ class Run:
         )
         accuracy, chance = prompt_accuracy(generated, prompts, training, captions, config.num_neighbours)
         return {"prompt_accuracy": accuracy, "prompt_accuracy_chance": chance}
-
-
-class RankRequests:
-    """What one rank needs for a step: its contiguous part of the global batch. Picklable, for the loader's processes."""
-
-    def __init__(self, planner: StepPlanner, rank: int, world_size: int) -> None:
-        self._planner, self._rank, self._world_size = planner, rank, world_size
-
-    def __call__(self, step: int) -> BatchRequest:
-        plan = self._planner.plan(step)
-        count = len(plan.refs) // self._world_size
-        first = self._rank * count
-        return BatchRequest(step, plan.position + first, plan.refs[first : first + count], plan.phase.resolution)

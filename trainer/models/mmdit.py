@@ -121,7 +121,8 @@ class MMDiT(nn.Module):
         shift, scale = self.final_modulation(c_BD).chunk(2, dim=-1)
         out = self.final(modulate(self.final_norm(image_BND), shift, scale))
         p = self.config.patch_size
-        return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
+        latents_BCHW = rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
+        return latents_BCHW.contiguous()  # of patches of one pixel it is a view, which sharding warns of
 
     def positions_of(self, rows: int, columns: int) -> Tensor:
         """The centre of the table of positions: (rows * columns, D). The same place has the same code at any size."""

@@ -41,8 +41,8 @@ def demo() -> RunConfig:
             datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64", max_samples=96)}, num_workers=1
         ),
         phases=(
-            PhaseConfig(name="low_resolution", steps=150, resolution=32, batch_size=64, learning_rate=2e-3, ema_decay=0.98),
-            PhaseConfig(name="full_resolution", steps=500, resolution=64, batch_size=64, learning_rate=2e-3, ema_decay=0.99),
+            PhaseConfig(name="low_resolution", steps=120, resolution=32, batch_size=64, learning_rate=2e-3, ema_decay=0.98),
+            PhaseConfig(name="full_resolution", steps=480, resolution=64, batch_size=64, learning_rate=2e-3, ema_decay=0.99),
             PhaseConfig(
                 name="perceptual", steps=60, resolution=64, batch_size=32, learning_rate=5e-4, ema_decay=0.98,
                 lpl=PhaseLPLConfig(),

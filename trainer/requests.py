@@ -1,0 +1,17 @@
+"""What the loader's processes are handed. Light to import: each of them does."""
+
+from data.loader import BatchRequest
+from trainer.step_plan import StepPlanner
+
+
+class RankRequests:
+    """What one rank needs for a step: its contiguous part of the global batch. Picklable, for the loader's processes."""
+
+    def __init__(self, planner: StepPlanner, rank: int, world_size: int) -> None:
+        self._planner, self._rank, self._world_size = planner, rank, world_size
+
+    def __call__(self, step: int) -> BatchRequest:
+        plan = self._planner.plan(step)
+        count = len(plan.refs) // self._world_size
+        first = self._rank * count
+        return BatchRequest(step, plan.position + first, plan.refs[first : first + count], plan.phase.resolution)
