@@ -27,11 +27,10 @@ COPY launch launch
 COPY data data
 COPY ops ops
 # the editable install of the empty packages above knows only what existed then
-RUN pip install --no-deps --no-build-isolation -e . || pip install --no-deps -e .
+RUN pip install --no-deps -e .
 
 RUN useradd --create-home --uid 1000 loupe
 USER loupe
 WORKDIR /home/loupe
-EXPOSE 9090
 ENTRYPOINT ["loupe"]
 CMD ["--help"]

@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 SHELL  := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo photos demo-autoencoder test lint types format lock clean
@@ -23,8 +24,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup ## the main job on embedded defaults: train, be preempted, resume, sample (under 10 minutes on two cores)
 	$(PY) launch/slurm.py demo --cluster local --gpus-per-node 2 --cpu --run-dir runs/demo --fresh --rehearse-preemption 300
 
-PHOTOS ?= ../shared/data/coco_open_256
 photos: setup ## the demo's model on a folder of captioned photos: make photos PHOTOS=FOLDER
+	@test -n "$(PHOTOS)" || { echo 'say which: make photos PHOTOS=FOLDER'; exit 2; }
 	$(BIN)/loupe data build $(PHOTOS) runs/photos-data --overwrite
 	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --cpu --fresh
 

@@ -60,6 +60,9 @@ VARIABLES = (
     Variable("PYTHONFAULTHANDLER", lambda p: "1", "a crash in native code leaves a Python traceback in the log"),
     Variable("OMP_NUM_THREADS", _threads, "ranks that each take all cores slow one another down", keep=True),
     Variable(
+        "LOUPE_DEVICE", lambda p: "cuda" if p.use_gpus else "cpu", "a rank without its GPU must not train on CPU unawares"
+    ),
+    Variable(
         "CUDA_VISIBLE_DEVICES", lambda p: None if p.use_gpus else "", "--cpu: ranks leave the machine's GPUs alone"
     ),
     Variable(

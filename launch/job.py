@@ -205,7 +205,7 @@ def _check_removable(folder: RunFolder) -> None:
 
 
 def remove_run(folder: RunFolder) -> None:
-    """Remove an earlier run. Its config goes last: a removal cut short is still recognisably a run.
+    """Remove an earlier run, all but its lock. Its config goes last: a removal cut short is still recognisably a run.
 
     Raises:
         UserError: it is not a run of ours, or cannot be removed.
@@ -215,9 +215,9 @@ def remove_run(folder: RunFolder) -> None:
     _check_removable(folder)
     try:
         for entry in folder.fs.ls(folder.path(""), detail=False):
-            if os.path.basename(entry.rstrip("/")) not in (CONFIG, ""):
+            if os.path.basename(entry.rstrip("/")) not in (CONFIG, LOCK, ""):
                 folder.fs.rm(entry, recursive=True)
-        folder.fs.rm(folder.root, recursive=True)
+        folder.fs.rm(folder.path(CONFIG))
     except OSError as e:
         raise UserError(f"{folder.url}: cannot be removed ({e})") from None
 

@@ -42,7 +42,10 @@ def run_local(
 
     `prepare` fills the run folder, once it is this process's alone.
     """
-    os.makedirs(spec.work_dir, exist_ok=True)
+    try:
+        os.makedirs(spec.work_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder.url}: the run folder cannot be written ({e}); give a writable --run-dir") from None
     with _lock(spec, folder):
         prepare()
         record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
@@ -124,7 +127,7 @@ class Supervisor:
             self._display.note(f"{decision.why}; starting again" + (f" in {pause_s:.0f} s" if pause_s else ""))
             self._sleep(pause_s)
             if self._stop is not None:
-                return self._stopped(Outcome("requeue", int(ExitCode.REQUEUE), 0), log)
+                return self._stopped(outcome, log)
             attempt += 1
 
     def _stopped(self, outcome: Outcome, log: Path) -> int:

@@ -179,7 +179,7 @@ def _fill_folder(spec: JobSpec, config: RunConfig, folder: RunFolder) -> None:
         click.echo(f"warning: {name} is not known to git; the job runs its copy", err=True)
 
 
-def dry_run(spec: JobSpec, config: RunConfig) -> str:
+def dry_run_text(spec: JobSpec, config: RunConfig) -> str:
     """What would be run, and with which config. Of the environment only our variables: the rest may hold secrets."""
     if spec.cluster == "slurm":
         commands = slurm_executor(spec, config).script()
@@ -254,12 +254,16 @@ def main(
     folder = RunFolder(run_dir)
     check_folder(folder, config, fresh=fresh)
     if dry_run:
-        click.echo(globals()["dry_run"](spec, config), nl=False)
+        click.echo(dry_run_text(spec, config), nl=False)
         return 0
     if cluster == "local":
-        if fresh:
-            remove_run(folder)
-        return run_local(spec, config, folder, display_for(), lambda: _fill_folder(spec, config, folder))
+
+        def prepare() -> None:
+            if fresh:
+                remove_run(folder)
+            _fill_folder(spec, config, folder)
+
+        return run_local(spec, config, folder, display_for(), prepare)
     job_id = submit(spec, config, folder, fresh=fresh)
     click.echo(f"job {job_id}: {config.name} on {nodes} node(s) x {gpus_per_node}; run folder {run_dir}")
     click.echo(f"follow it with: loupe runs watch {shlex.quote(run_dir)}")

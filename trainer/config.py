@@ -211,7 +211,7 @@ class ParallelConfig(Section):
     micro_batch_size: PositiveInt | None = None
     """Images per rank and forward pass; gradients accumulate up to the phase's batch. Absent: all at once."""
     num_threads: NonNegativeInt = 0
-    """CPU threads per rank; 0: cores of the machine over ranks on it."""
+    """CPU threads per rank; 0: OMP_NUM_THREADS, or the cores this process may use over the machine's ranks."""
 
 
 # --------------------------------------------------------------------------------------------------- periodic actions
@@ -287,6 +287,20 @@ class RunConfig(Section):
             if samples and (samples.sampler == "euler") != (paradigm.kind == "flow"):
                 raise ValueError(f"samples.sampler: {samples.sampler} does not go with {paradigm.kind}; euler goes "
                                  "with flow, ddim with ddpm_eps and ddpm_v")  # fmt: skip
+            if samples and paradigm.kind != "flow" and samples.num_steps > 1000:
+                raise ValueError(f"samples.num_steps: {samples.num_steps} is more than the schedule's 1000")
+            if self.prompt_accuracy and not samples:
+                raise ValueError("prompt_accuracy: needs samples, whose sampler it uses; set samples, or "
+                                 "prompt_accuracy=null")  # fmt: skip
+            if self.task.text.kind == "classes":
+                if self.prompt_accuracy:
+                    raise ValueError(
+                        "prompt_accuracy: compares captions, and task.text.kind is classes; set it to null"
+                    )
+                num_classes = self.task.text.num_classes
+                for prompt in samples.prompts if samples else ():
+                    if not (prompt.isdecimal() and int(prompt) < num_classes):
+                        raise ValueError(f"samples.prompts: {prompt!r} is no class of 0..{num_classes - 1}")
         else:
             for field in ("samples", "prompt_accuracy"):
                 if getattr(self, field):
@@ -310,9 +324,10 @@ def _fields(section: Section) -> dict[str, Any]:
 
 def config_digest(config: RunConfig) -> str:
     """Changes when the numbers that a run computes may change. Where and how often it reports is left out."""
-    tree = config.model_dump(mode="json", exclude={"metrics": True, "samples": True, "checkpoint": True, "name": True})
-    for field in ("num_workers", "prefetch_steps", "timeout_s", "cache_dir"):
+    tree = config.model_dump(mode="json", exclude={"metrics", "samples", "checkpoint", "prompt_accuracy", "name"})
+    for field in ("num_workers", "prefetch_steps", "timeout_s", "cache_dir", "max_bad_samples"):
         tree["data"].pop(field)
+    tree["optim"].pop("max_skipped_in_a_row")
     for field in ("micro_batch_size", "num_threads"):
         tree["parallel"].pop(field)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,8 +16,9 @@ from trainer.config import RunConfig, resolve_url
 from trainer.ema import EMA
 from trainer.errors import UserError
 from trainer.models.autoencoders import Codec
-from trainer.run_folder import CHECKPOINTS, RunFolder
+from trainer.run_folder import CHECKPOINTS, CONFIG, RunFolder
 from trainer.tasks.autoencoder import AutoencoderTask
+from trainer.tensors import pixels_to_images
 
 _STATISTICS_SAMPLES = 512
 
@@ -33,13 +34,13 @@ def export_autoencoder(run_dir: str, out: str, *, dtype: torch.dtype = torch.flo
         UserError: not a run of the autoencoder task, no checkpoint, or `out` holds something else.
     """
     folder = RunFolder(run_dir)
-    if not folder.exists("config.yaml"):
-        raise UserError(f"{run_dir}: no run folder (config.yaml is missing)")
+    if not folder.exists(CONFIG):
+        raise UserError(f"{run_dir}: no run folder ({CONFIG} is missing)")
     config = folder.config()
     if config.task.kind != "autoencoder":
         raise UserError(f"{run_dir}: a run of {config.task.kind}; export takes a run of the autoencoder task")
     target = Path(out)
-    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+    if target.exists() and not (target / "config.json").is_file():
         raise UserError(f"{out}: exists and is no autoencoder folder; give another")
 
     task = AutoencoderTask(config, torch.device("cpu"))
@@ -66,9 +67,11 @@ def export_autoencoder(run_dir: str, out: str, *, dtype: torch.dtype = torch.flo
             psnr = _psnr(Codec.load(str(temporary)), images)
             for path in (temporary, *temporary.iterdir()):  # made for this user alone
                 path.chmod(0o755 if path.is_dir() else 0o644)
+            earlier = temporary.with_name(f"{temporary.name}.old")
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(earlier)
             temporary.rename(target)
+            shutil.rmtree(earlier, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return {"step": restored.step, "scaling_factor": scale, "shift_factor": shift, "psnr_db": psnr}
@@ -86,7 +89,7 @@ def _images(config: RunConfig) -> Tensor:
         )
         for i in range(count)
     ]
-    return torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pixels]).float() / 127.5 - 1.0
+    return pixels_to_images(torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pixels]))
 
 
 def _psnr(codec: Codec, images: Tensor) -> float:

@@ -102,9 +102,9 @@ class Run:
         exporter.of(metric_names.WORLD_SIZE).set(self.world.size)
         exporter.of(metric_names.RESTARTS).set(self.attempt)
         port = exporter.serve(config.bind_address, config.port + self.world.rank if config.port else 0)
-        ports = self.world.gather(port)
+        host = platform.node() if config.bind_address in ("0.0.0.0", "::") else config.bind_address
+        targets = self.world.gather(f"{host}:{port}")
         if self.world.is_main:
-            targets = [f"{config.bind_address}:{p}" for p in ports]
             self.folder.write_json("metrics_targets.json", {"targets": targets, "attempt": self.attempt})
             print(f"metrics of rank 0 on http://{targets[0]}/metrics", flush=True)
         return exporter
@@ -128,9 +128,11 @@ class Run:
             if self.world.is_main:
                 print(f"nothing to do: {self.folder.url}/{SUMMARY} says this run is done", flush=True)
             return ExitCode.DONE
-        code = self.trainer.fit(self._make_loader)
-        if self.records:
-            self.records.close()
+        try:
+            code = self.trainer.fit(self._make_loader)
+        finally:
+            if self.records:
+                self.records.close()
         if self.world.is_main:
             self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
         if code is ExitCode.DONE:
@@ -143,10 +145,13 @@ class Run:
         return next(iter(self.datasets.values()))
 
     def _prompts(self, count: int) -> list[str]:
-        """Captions spread evenly over the training data."""
+        """Captions, or classes, spread evenly over the training data."""
         dataset = self._first_dataset()
         count = min(count, dataset.num_samples)
-        return [dataset.read(i * dataset.num_samples // count).captions[0] for i in range(count)]
+        samples = [dataset.read(i * dataset.num_samples // count) for i in range(count)]
+        if isinstance(self.task, LatentDiffusionTask) and self.task.config.text.kind == "classes":
+            return [str(sample.label) for sample in samples]
+        return [sample.captions[0] if sample.captions else "" for sample in samples]
 
     def _on_sample(self, step: int) -> None:
         task, config = self.task, self.config.samples

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ CONFIG = "config.yaml"
 JOB = "job.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+FLUSH_S = 10.0
+"""Longest that a record waits for storage that cannot append, while records come."""
 
 
 class RunFolder:
@@ -146,11 +149,13 @@ def _jsonl(text: str) -> Iterator[dict[str, Any]]:
 
 
 class JsonlWriter:
-    """Appends records as lines. Where the file system cannot append, the whole file is written at each flush."""
+    """Appends records as lines. Where the file system cannot append, the whole file is written at each flush: when asked,
+    and with a record when the last is some seconds old."""
 
     def __init__(self, folder: RunFolder, name: str) -> None:
         self._folder, self._name = folder, name
         self._lines = io.StringIO()
+        self._flushed = time.monotonic()
         self._file: Any = None
         if folder.is_local:
             path = folder.path(name)
@@ -158,16 +163,19 @@ class JsonlWriter:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record) + "\n"
+        line = json.dumps(record, allow_nan=False) + "\n"
         if self._file:
             self._file.write(line)
             self._file.flush()
         else:
             self._lines.write(line)
+            if time.monotonic() - self._flushed >= FLUSH_S:
+                self.flush()
 
     def flush(self) -> None:
         if not self._file:
             self._folder.write_text(self._name, self._lines.getvalue())
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         self.flush()

@@ -1,9 +1,14 @@
-"""Sharded tensors: this rank's part, or the whole."""
+"""Small conversions of tensors: pixels, and sharded tensors to this rank's part or the whole."""
 
 from collections.abc import Iterable
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+def pixels_to_images(pixels_BCHW: Tensor) -> Tensor:
+    """uint8 pixels to the float32 images in [-1, 1] that autoencoders take."""
+    return pixels_BCHW.float() / 127.5 - 1.0
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop. It knows *when*: accumulation, clipping, the finite check, periodic actions, stopping.
 A task knows *what* a step is."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
 from trainer.metrics import Exporter, LossMeter, Stopwatch, peak_memory_bytes
 from trainer.parallel.agreement import Agreement
-from trainer.parallel.apply import set_gradient_sync
+from trainer.parallel.apply import reshard, set_gradient_sync
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run_folder import JsonlWriter
@@ -81,6 +82,7 @@ class Trainer:
         self._interval_seconds = 0.0
         self._new_substitutions: dict[SampleRef, tuple[SampleRef, str]] = {}
         self._cuts_seen = 0
+        self._saved_step = -1
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -107,6 +109,8 @@ class Trainer:
                     waited = 0.0  # for workers to start, not for data
                 plan = self.planner.plan(batch.step)
                 self._train_step(batch, plan)
+                if self._report_is_due(plan):
+                    self._resolve_pending()  # the wait for the device belongs to the steps, not to the report
                 self._count(batch, plan, waited, watch.lap())
                 self._run_due_actions(plan)
                 stopping = agreement.poll(self.stop.received is not None)
@@ -167,7 +171,7 @@ class Trainer:
         if self.progress.skipped_in_a_row >= limit:
             raise UserError(
                 f"optim.max_skipped_in_a_row: {limit} steps in a row were not finite, last in {images}; look at those "
-                "images, or lower learning_rate; the newest checkpoint is from before"
+                "images, or begin a new run with a lower learning_rate; the newest checkpoint is from before"
             )
 
     # ---------------------------------------------------------------------------------------------- counting, reporting
@@ -193,7 +197,7 @@ class Trainer:
         """Metrics, checkpoint, samples: in this order, so that a line about a step is there before the step is durable."""
         done, config = self.progress.step, self.config
         last = done == self.total_steps
-        if last or plan.ends_phase or done % config.metrics.every_steps == 0:
+        if self._report_is_due(plan):
             self._report(plan)
         if last or done % config.checkpoint.every_steps == 0:
             self._save()
@@ -201,14 +205,19 @@ class Trainer:
             with self.averaged():
                 self.actions.on_sample(done)
 
+    def _report_is_due(self, plan: StepPlan) -> bool:
+        return plan.ends_phase or (plan.step + 1) % self.config.metrics.every_steps == 0
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the module is the average of its weights, in evaluation mode."""
+        reshard(self.task.module)
         with self.ema.in_place_of_weights():
             self.task.module.eval()
             try:
                 yield
             finally:
+                reshard(self.task.module)
                 self.task.module.train()
 
     def _report(self, plan: StepPlan) -> None:
@@ -241,7 +250,7 @@ class Trainer:
                 "images": self.progress.images,
                 "images_per_s": speed,
                 "learning_rate": plan.learning_rate,
-                "gradient_norm": self._gradient_norm,
+                "gradient_norm": self._gradient_norm if math.isfinite(self._gradient_norm) else None,
                 "steps_skipped": self.progress.steps_skipped,
                 "peak_memory_bytes": peak_memory_bytes(self.world.device),
                 "loss": losses,
@@ -273,11 +282,15 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self) -> None:
+        if self._saved_step == self.progress.step:
+            return
         started = time.perf_counter()
         self._resolve_pending()
         self._share_substitutions()
         if not self.optimizer.state:  # every step so far was skipped
             optim.allocate_state(self.task.module, self.optimizer)
+        if self.records:
+            self.records.flush()  # what is recorded of a step must be there when the step is durable
         try:
             self.checkpoints.save(
                 train_state.tensors(self.task.module, self.ema, self.optimizer),
@@ -288,6 +301,7 @@ class Trainer:
         except BaseException:
             self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
             raise
+        self._saved_step = self.progress.step
         self.exporter.of(metric_names.CHECKPOINT_LAST).set_to_current_time()
         if self.world.is_main:
             self.exporter.of(metric_names.CHECKPOINT_SECONDS).observe(time.perf_counter() - started)
@@ -301,6 +315,7 @@ class Trainer:
             self.optimizer.state.clear()
             return
         self.progress = Progress.from_json(restored.state)
+        self._saved_step = self.progress.step
         self._print(f"resumed from {restored.path}: step {self.progress.step} of {self.total_steps}")
 
     def _on_set_aside(self, path: str, reason: str) -> None:

@@ -101,6 +101,16 @@ def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
     assert "written by a run of config" in stderr
 
 
+def test_unwritable_run_folder_at_submission() -> None:
+    done = subprocess.run(
+        [sys.executable, "launch/slurm.py", "demo", "--cluster", "local", "--cpu", "--run-dir", "/proc/loupe"],
+        capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.USAGE
+    assert "cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("where", ["/proc/loupe", "file"])
 def test_unwritable_run_folder(where, tmp_path) -> None:
     (tmp_path / "file").write_text("")

@@ -13,6 +13,7 @@ from data.images import read_image
 from data.reader import Dataset
 from data.transforms import training_image
 from trainer.models.autoencoders import Codec
+from trainer.tensors import pixels_to_images
 
 
 def prompt_accuracy(
@@ -43,7 +44,7 @@ def encode_dataset(
     for index in range(min(limit, dataset.num_samples)):
         sample = dataset.read(index)
         pixels = torch.from_numpy(training_image(read_image(sample.image), resolution))
-        images = pixels.permute(2, 0, 1)[None].to(device).float() / 127.5 - 1.0
+        images = pixels_to_images(pixels.permute(2, 0, 1)[None].to(device))
         latents.append(codec.encode(images).float().cpu())
         captions.append(list(sample.captions))
     return torch.cat(latents), captions

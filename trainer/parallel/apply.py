@@ -25,6 +25,14 @@ def apply_fsdp(module: nn.Module, units: Iterable[nn.Module], world: World) -> N
     fully_shard(module, mesh=world.mesh)
 
 
+def reshard(module: nn.Module) -> None:
+    """Free what a forward pass without backward has left gathered: FSDP2 keeps the root's parameters, and the next pass
+    would compute with those instead of the shards, which may have changed since."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     """Off during all but the last micro-batch: gradients are reduced once a step."""
     assert isinstance(module, FSDPModule)

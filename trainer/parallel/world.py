@@ -1,6 +1,7 @@
 """The ranks of a job: process groups, device, and the few collectives that carry host values."""
 
 import os
+import platform
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -8,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trainer.errors import UserError
 
 T = TypeVar("T")
 
@@ -42,14 +45,26 @@ class World:
 
 
 def init_world(*, num_threads: int = 0, timeout_s: float = 600.0) -> World:
-    """Join the job that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or be alone."""
+    """Join the job that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or be alone.
+
+    Raises:
+        UserError: the rank's GPU is not there.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    wanted = os.environ.get("LOUPE_DEVICE")  # launchers say; a job that asked for GPUs must not train on CPU unawares
+    if (cuda or wanted == "cuda") and torch.cuda.device_count() <= local_rank:
+        raise UserError(
+            f"--gpus-per-node: rank {rank} is to have GPU {local_rank}, {platform.node()} shows "
+            f"{torch.cuda.device_count()}; ask for fewer, or pass --cpu"
+        )
     if cuda:
         torch.cuda.set_device(local_rank)
-    else:
-        torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // local_size))
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)

@@ -60,7 +60,7 @@ def demo() -> RunConfig:
 def photos() -> RunConfig:
     """The demo's model on captioned photos, as `make photos PHOTOS=FOLDER` builds and trains them.
 
-    139 photos and an autoencoder that has seen emoji alone: shows the path, not pictures to be proud of.
+    A few photos and an autoencoder that has seen emoji alone: shows the path, not pictures to be proud of.
     """
     run = demo()
     assert run.task.kind == "latent_diffusion"

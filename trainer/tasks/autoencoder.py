@@ -10,6 +10,7 @@ from trainer.errors import UserError
 from trainer.parallel.apply import autocast
 from trainer.rng import normal
 from trainer.step_plan import StepPlan
+from trainer.tensors import pixels_to_images
 
 
 def build_autoencoder(config: AutoencoderModelConfig) -> AutoencoderKL:
@@ -60,7 +61,7 @@ class AutoencoderTask:
         return []
 
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
-        images = batch.images_BCHW.to(self._device, non_blocking=True).float() / 127.5 - 1.0
+        images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
         side = batch.resolution // 2 ** (len(self.config.model.block_out_channels) - 1)
         shape = (self.config.model.latent_channels, side, side)
         noise = normal(self._run.seed, batch.positions_B.tolist(), "posterior", shape, device=self._device)

@@ -19,6 +19,7 @@ from trainer.models.text_encoders import TextInput, build_text_encoder
 from trainer.parallel.apply import autocast
 from trainer.rng import normal, uniform
 from trainer.step_plan import StepPlan
+from trainer.tensors import pixels_to_images
 
 
 class TextToImage(nn.Module):
@@ -110,7 +111,7 @@ class LatentDiffusionTask:
         return {"loss": loss_B.detach(), **terms}
 
     def _latents_of(self, batch: Batch) -> Tensor:
-        images = batch.images_BCHW.to(self._device, non_blocking=True).float() / 127.5 - 1.0
+        images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
         with torch.no_grad():
             return self.codec.encode(images).float()
 

@@ -26,7 +26,7 @@ def test_a_resolved_recipe_is_accepted_in_place_of_its_name(name, tmp_path) -> N
         ("phases.0.lpl={tau: 2}", lambda c: c.phases[0].lpl.tau == 2.0),
         ("phases.perceptual.lpl=null", lambda c: c.phases[2].lpl is None),
         ("data.datasets.more={url: x}", lambda c: c.data.datasets["more"].url == "x"),
-        ("task.text={kind: classes, num_classes: 3}", lambda c: c.task.text.num_classes == 3),
+        ("task.text={kind: bytes, max_bytes: 9}", lambda c: c.task.text.max_bytes == 9),
     ],
 )
 def test_override(setting, read) -> None:
@@ -49,6 +49,8 @@ def test_override(setting, read) -> None:
         ("task.paradigm.kind=foo", r"task\.paradigm\.kind: .*'ddpm_eps', 'ddpm_v' or 'flow'.*'foo'"),
         ("samples.sampler=ddim", r"samples\.sampler: ddim does not go with flow"),
         ("phases.0.data_mix={nope: 1}", r"phases\.0\.data_mix: no dataset 'nope'; have emoji"),
+        ("samples=null", r"prompt_accuracy: needs samples"),
+        ("task.text={kind: classes, num_classes: 3}", r"prompt_accuracy: compares captions"),
         ("phases=[]", r"phases: .*at least 1"),
         ("optim.eps=.nan", r"optim\.eps: .*finite"),
         ("seed", r"write it as FIELD=VALUE"),
@@ -82,7 +84,15 @@ def test_configs_are_frozen() -> None:
 def test_digest_follows_the_numbers_and_not_the_reporting() -> None:
     demo = load("demo")
     same = with_overrides(
-        demo, ["metrics.every_steps=3", "name=other", "data.num_workers=0", "checkpoint.every_steps=7"]
+        demo,
+        [
+            "metrics.every_steps=3",
+            "name=other",
+            "data.num_workers=0",
+            "checkpoint.every_steps=7",
+            "data.max_bad_samples=5",
+            "optim.max_skipped_in_a_row=2",
+        ],
     )
     assert config_digest(same) == config_digest(demo)
     for setting in ("seed=1", "phases.0.learning_rate=0.1", "data.datasets.emoji.url=elsewhere"):

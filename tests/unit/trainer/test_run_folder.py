@@ -43,6 +43,14 @@ def test_a_later_attempt_overrides_the_steps_it_repeats(folder: RunFolder) -> No
     assert [(r["step"], r["loss"]) for r in folder.metrics()] == [(1, 0.1), (2, 0.25), (3, 0.3), (4, 0.4)]
 
 
+def test_storage_that_cannot_append_gets_records_while_they_come(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("trainer.run_folder.FLUSH_S", 0.0)
+    folder = RunFolder(f"memory://{tmp_path}/run")
+    writer = folder.metrics_writer(0)
+    writer.write({"step": 1})
+    assert [r["step"] for r in folder.metrics()] == [1]  # not closed: the process may be killed
+
+
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path) -> None:
     folder = RunFolder(str(tmp_path))
     writer = folder.metrics_writer(0)
