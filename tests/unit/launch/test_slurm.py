@@ -107,7 +107,7 @@ def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
         (("--run-dir", "nope://r"), "--run-dir nope://r"),
         (("--run-dir", "a%b"), "a % in it"),
         (("--rehearse-preemption", "5"), "--cluster local"),
-        (("--cluster", "local", "--rehearse-preemption", "100000"), "the run has 710 steps"),
+        (("--cluster", "local", "--rehearse-preemption", "100000"), "the run has 660 steps"),
         ((), "sbatch: not found"),
     ],
 )
