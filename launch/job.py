@@ -1,6 +1,7 @@
 """A job: what is asked for, whether it can run, and its record in the run folder. No torch."""
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -94,12 +95,16 @@ class JobSpec:
         return self.run_dir if RunFolder(self.run_dir).is_local else f"{self.code_dir}-work"
 
 
-def absolute_run_dir(run_dir: str | None, config: RunConfig) -> tuple[str, str]:
+def absolute_run_dir(run_dir: str | None, recipe: str, config: RunConfig) -> tuple[str, str]:
     """(run folder, default place of the code snapshot), the latter empty for a remote run folder.
+
+    By default a run's own `config.yaml` goes on in its folder, anything else in runs/NAME.
 
     Raises:
         UserError: the run's name cannot be a folder, or the URL's file system is unknown.
     """
+    if run_dir is None and os.path.basename(recipe) == CONFIG:
+        run_dir = os.path.dirname(recipe) or "."
     if run_dir is None:
         if set(config.name) == {"."}:
             raise UserError(f"name: {config.name!r} cannot be the name of a folder; --set name=... or give --run-dir")
@@ -123,8 +128,18 @@ def trainer_command(run_dir: str, work_dir: str) -> list[str]:
 
 
 def load_config(recipe: str, overrides: Sequence[str]) -> RunConfig:
-    """The resolved config. Raises UserError for an unknown recipe, field or value."""
-    return with_overrides(recipes.load(recipe), overrides)
+    """The resolved config, its local datasets and codec as absolute paths: a job may be started again from elsewhere.
+
+    Raises:
+        UserError: unknown recipe, field or value.
+    """
+    config = with_overrides(recipes.load(recipe), overrides)
+    urls = {f"data.datasets.{name}.url": dataset.url for name, dataset in config.data.datasets.items()}
+    if config.task.kind == "latent_diffusion":
+        urls["task.codec.url"] = config.task.codec.url
+    return with_overrides(
+        config, [f"{field}={json.dumps(os.path.abspath(url))}" for field, url in urls.items() if "://" not in url]
+    )
 
 
 def check(spec: JobSpec, config: RunConfig) -> None:
@@ -149,17 +164,13 @@ def _check_local_folder(field: str, url: str, index: str) -> None:
     if "://" in path:
         return
     if not os.path.isdir(path):
-        raise UserError(f"{field}: no folder {url}" + _elsewhere(path))
+        raise UserError(f"{field}: no folder {url}")
     if not os.path.isfile(os.path.join(path, index)):
         raise UserError(f"{field}: {url} has no {index}; it is not what `loupe data build` or diffusers writes")
     if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
         raise UserError(
             f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"
         )
-
-
-def _elsewhere(path: str) -> str:
-    return "" if os.path.isabs(path) else f" below {os.getcwd()}; start from where it is, or give an absolute path"
 
 
 # ------------------------------------------------------------------------------------------------------ the run folder

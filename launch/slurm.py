@@ -240,7 +240,7 @@ def main(
     The same command again goes on from the newest checkpoint.
     """
     config = load_config(recipe, overrides)
-    run_dir, own_code_dir = absolute_run_dir(run_dir, config)
+    run_dir, own_code_dir = absolute_run_dir(run_dir, recipe, config)
     spec = JobSpec(
         recipe=recipe, run_dir=run_dir, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, cpu=cpu,
         max_restarts=max_restarts, code_dir=str(Path(code_dir).absolute()) if code_dir else own_code_dir,

@@ -340,12 +340,13 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         UserError: naming the phase and the numbers.
     """
     micro = config.parallel.micro_batch_size
-    for i, phase in enumerate(config.phases):
+    for phase in config.phases:
         per_rank, rest = divmod(phase.batch_size, world_size)
         if rest:
+            below = f"{per_rank * world_size} or " if per_rank else ""
             raise UserError(
-                f"phases.{i}.batch_size: {phase.batch_size} images do not divide over {world_size} ranks; "
-                f"take {max(per_rank, 1) * world_size} or {(per_rank + 1) * world_size}"
+                f"phases.{phase.name}.batch_size: {phase.batch_size} images do not divide over {world_size} ranks; "
+                f"take {below}{(per_rank + 1) * world_size}"
             )
         if micro and per_rank > micro and per_rank % micro:
             raise UserError(

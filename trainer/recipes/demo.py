@@ -25,7 +25,11 @@ from trainer.config import (
 
 
 def demo() -> RunConfig:
-    """Flow matching on 3-D emoji with their names: 32 px, then 64 px, then 64 px with the latent perceptual loss."""
+    """Flow matching on 3-D emoji with their names: 32 px, then 64 px, then 64 px with the latent perceptual loss.
+
+    `make demo`, or `python launch/slurm.py demo --cluster local --gpus-per-node 2 --cpu`. Seven minutes on two CPU cores,
+    2.7M parameters, 96 images. Expect a prompt accuracy of 100 % (chance 5 %) and a denoising loss of about 0.2.
+    """
     return RunConfig(
         name="demo",
         task=LatentDiffusionConfig(
@@ -76,7 +80,11 @@ def photos() -> RunConfig:
 
 
 def demo_autoencoder() -> RunConfig:
-    """The demo's own autoencoder: f8, 4 channels, L1 + KL, on the same emoji."""
+    """The demo's own autoencoder: f8, 4 channels, L1 + KL, on all 1,854 emoji.
+
+    `make demo-autoencoder`. Twenty to thirty minutes on two CPU cores, 1.0M parameters. Expect an L1 of about 0.05 and a
+    PSNR of 25.3 dB on the images it was trained on; the exported weights are 2.0 MB in float16.
+    """
     return RunConfig(
         name="demo_autoencoder",
         task=AutoencoderConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.entry import run_command
-from launch.job import LOCK, live_job, process_start, time_limit_min
+from launch.job import LOCK, absolute_run_dir, live_job, load_config, process_start, time_limit_min
 from launch.slurm import main
 from trainer.config import CODE_ROOT, RunConfig
 from trainer.config_text import to_yaml, with_overrides
@@ -97,8 +97,8 @@ def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
     [
         (("--set", "phases.0.batch_size=65", "--nodes", "2"), "do not divide over 2 ranks"),
         (("--set", "phases.0.batchsize=64"), "did you mean 'batch_size'"),
-        (("--set", "data.datasets.emoji.url=nowhere"), "data.datasets.emoji.url: no folder nowhere"),
-        (("--set", "task.codec.url=."), "task.codec.url: . has no config.json"),
+        (("--set", "data.datasets.emoji.url=nowhere"), "data.datasets.emoji.url: no folder /"),
+        (("--set", "task.codec.url=."), "has no config.json"),
         (("--set", "name=.."), "cannot be the name of a folder"),
         (("--time", "soon"), "--time soon"),
         (("--nodes", "0"), "--nodes 0"),
@@ -237,3 +237,19 @@ def test_time_limits(text: str, minutes: int) -> None:
 def test_time_limits_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="--time"):
         time_limit_min(text)
+
+
+def test_a_runs_own_config_goes_on_in_its_folder(tmp_path: Path) -> None:
+    config = load_config("demo", [])
+    assert absolute_run_dir(None, str(tmp_path / "mine" / "config.yaml"), config)[0] == str(tmp_path / "mine")
+    assert absolute_run_dir(None, "demo", config)[0] == str(Path.cwd() / "runs" / "demo")
+    assert absolute_run_dir("x", str(tmp_path / "mine" / "config.yaml"), config)[0] == str(Path.cwd() / "x")
+
+
+def test_local_data_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("demo", ["data.datasets.emoji.url=here", "data.datasets.more={url: 's3://bucket/x'}"])
+    assert config.data.datasets["emoji"].url == str(tmp_path / "here")
+    assert config.data.datasets["more"].url == "s3://bucket/x"
+    assert config.task.kind == "latent_diffusion"
+    assert config.task.codec.url.startswith("repo://")

@@ -102,7 +102,9 @@ def test_digest_follows_the_numbers_and_not_the_reporting() -> None:
 def test_layout_that_does_not_divide_is_refused() -> None:
     demo = load("demo")
     check_layout(demo, 4)
-    with pytest.raises(UserError, match=r"phases\.0\.batch_size: 64 images do not divide over 3 ranks; take 63 or 66"):
+    with pytest.raises(
+        UserError, match=r"low_resolution\.batch_size: 64 images do not divide over 3 ranks; take 63 or 66"
+    ):
         check_layout(demo, 3)
     micro = with_overrides(demo, ["parallel.micro_batch_size=5"])
     with pytest.raises(UserError, match=r"parallel\.micro_batch_size: 5 does not divide"):
