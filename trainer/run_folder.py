@@ -3,7 +3,7 @@
 config.yaml            the resolved config, as trained
 job.json               how it was submitted, and when
 code/                  snapshot of the code that runs
-attempts/0000.json     one record a start: when, where, from which step
+attempts/0000.json     one record a start: when, where, on how many ranks
 metrics/0000.jsonl     one line an interval, one file an attempt
 logs/rank-0.log        output of each process
 checkpoints/           see trainer/checkpoint
