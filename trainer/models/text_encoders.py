@@ -3,6 +3,7 @@
 B batch, L tokens, T width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,17 +31,19 @@ class TextInput:
         )
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(nn.Module, ABC):
     """Common interface. `None` as a caption is the null condition of classifier-free guidance."""
 
     token_width: int
     pooled_width: int
 
+    @abstractmethod
     def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
-        raise NotImplementedError
+        """Tokens of captions, or of the samples' labels, on the host."""
 
+    @abstractmethod
     def init_weights(self) -> None:
-        raise NotImplementedError
+        """Fresh weights, from torch's global generator."""
 
 
 class EncoderBlock(nn.Module):
