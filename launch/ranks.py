@@ -1,7 +1,6 @@
 """A job's processes: starting one, and what to do once they have ended. Shared by all clusters. No torch."""
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -177,9 +176,5 @@ def end_job(folder: RunFolder, code: int, why: str) -> None:
 
 def newest_step(folder: RunFolder) -> int:
     """Newest step in the run's metrics, over all attempts; -1 before the first."""
-    newest = -1
-    for name in folder.names("metrics"):
-        *lines, _cut = folder.read_text(f"metrics/{name}").split("\n")
-        steps = (json.loads(line).get("step", -1) for line in lines if line)
-        newest = max([newest, *steps])
-    return newest
+    records = folder.metrics()
+    return int(records[-1]["step"]) if records else -1

@@ -45,7 +45,6 @@ def export_autoencoder(run_dir: str, out: str, *, dtype: torch.dtype = torch.flo
 
     task = AutoencoderTask(config, torch.device("cpu"))
     ema, optimizer = EMA(task.module), optim.build_optimizer(task.module, config.optim)
-    optim.allocate_state(task.module, optimizer)
     manager = CheckpointManager(f"{folder.url}/{CHECKPOINTS}", keep_last=2, config_digest=None, code_version="")
     restored = manager.restore(train_state.tensors(task.module, ema, optimizer))
     if restored is None:

@@ -14,9 +14,17 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
     )
+    # AdamW makes its zeros at the first step; made now, a checkpoint can be read into them
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
@@ -44,14 +52,3 @@ def state_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, 
         for name, parameter in module.named_parameters()
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }
-
-
-def allocate_state(module: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Zeroed state for every parameter, for a checkpoint to be read into; AdamW makes it only at its first step."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }

@@ -12,6 +12,6 @@ class RankRequests:
 
     def __call__(self, step: int) -> BatchRequest:
         plan = self._planner.plan(step)
-        count = len(plan.refs) // self._world_size
-        first = self._rank * count
-        return BatchRequest(step, plan.position + first, plan.refs[first : first + count], plan.phase.resolution)
+        count = plan.phase.batch_size // self._world_size
+        first = plan.position + self._rank * count
+        return BatchRequest(step, first, self._planner.refs(first, count), plan.phase.resolution)

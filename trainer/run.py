@@ -79,7 +79,7 @@ class Run:
             self.exporter,
             self.records,
             stop,
-            Actions(self._on_sample, config.samples.every_steps) if config.samples else Actions(),
+            Actions(self._on_interval, config.samples.every_steps) if config.samples else Actions(),
         )
 
     def _register(self) -> int:
@@ -133,8 +133,7 @@ class Run:
         finally:
             if self.records:
                 self.records.close()
-        if self.world.is_main:
-            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
+        self._draw_curves()
         if code is ExitCode.DONE:
             self._finish()
         return code
@@ -153,7 +152,15 @@ class Run:
             return [str(sample.label) for sample in samples]
         return [sample.captions[0] if sample.captions else "" for sample in samples]
 
-    def _on_sample(self, step: int) -> None:
+    def _on_interval(self, step: int) -> None:
+        self._draw_samples(step)
+        self._draw_curves()
+
+    def _draw_curves(self) -> None:
+        if self.world.is_main:
+            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
+
+    def _draw_samples(self, step: int) -> None:
         task, config = self.task, self.config.samples
         assert isinstance(task, LatentDiffusionTask)
         assert config is not None
@@ -164,13 +171,12 @@ class Run:
             images = task.decode(latents.to(self.world.device)).permute(0, 2, 3, 1).cpu().numpy()
             name = "final" if step == self.trainer.total_steps else f"step-{step:08d}"
             self.folder.write_bytes(f"samples/{name}.png", sample_grid(images, prompts))
-            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
 
     def _finish(self) -> None:
         extra: dict[str, float] = {}
         with self.trainer.averaged():
             if self.config.samples:
-                self._on_sample(self.trainer.total_steps)
+                self._draw_samples(self.trainer.total_steps)
             if self.config.prompt_accuracy:
                 extra = self._prompt_accuracy()
         if self.world.is_main:
@@ -189,8 +195,6 @@ class Run:
         resolution, dataset = self.config.phases[-1].resolution, self._first_dataset()
         prompts = self._prompts(config.num_prompts)
         generated = sample_prompts(task, self.world, prompts, samples, resolution=resolution)
-        training, captions = encode_dataset(
-            dataset, task.codec, resolution=resolution, limit=dataset.num_samples, device=self.world.device
-        )
+        training, captions = encode_dataset(dataset, task.codec, resolution=resolution, device=self.world.device)
         accuracy, chance = prompt_accuracy(generated, prompts, training, captions, config.num_neighbours)
         return {"prompt_accuracy": accuracy, "prompt_accuracy_chance": chance}

@@ -17,8 +17,6 @@ class StepPlan:
     learning_rate: float
     position: int
     """Stream position of the global batch's first image."""
-    refs: tuple[SampleRef, ...]
-    """The global batch's samples, in order of stream position."""
     ends_phase: bool
 
 
@@ -46,6 +44,9 @@ class StepPlanner:
             phase_index=place.phase_index,
             learning_rate=learning_rate(place.phase, step, self._warmup_steps),
             position=place.position,
-            refs=self._mixture.refs(place.position, place.phase.batch_size),
             ends_phase=self.schedule.is_last_of_phase(step),
         )
+
+    def refs(self, position: int, count: int) -> tuple[SampleRef, ...]:
+        """The samples at `count` stream positions; apart from the plan, as the workers alone need them."""
+        return self._mixture.refs(position, count)

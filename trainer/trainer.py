@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -287,8 +287,6 @@ class Trainer:
         started = time.perf_counter()
         self._resolve_pending()
         self._share_substitutions()
-        if not self.optimizer.state:  # every step so far was skipped
-            optim.allocate_state(self.task.module, self.optimizer)
         if self.records:
             self.records.flush()  # what is recorded of a step must be there when the step is durable
         try:
@@ -307,12 +305,10 @@ class Trainer:
             self.exporter.of(metric_names.CHECKPOINT_SECONDS).observe(time.perf_counter() - started)
 
     def _restore(self) -> None:
-        optim.allocate_state(self.task.module, self.optimizer)
         restored = self.checkpoints.restore(
             train_state.tensors(self.task.module, self.ema, self.optimizer), on_set_aside=self._on_set_aside
         )
         if restored is None:
-            self.optimizer.state.clear()
             return
         self.progress = Progress.from_json(restored.state)
         self._saved_step = self.progress.step
@@ -328,9 +324,8 @@ def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:
     size = len(batch.captions)
     step = min(micro_batch_size or size, size)
     return [
-        Batch(
-            step=batch.step,
-            resolution=batch.resolution,
+        replace(
+            batch,
             positions_B=batch.positions_B[i : i + step],
             images_BCHW=batch.images_BCHW[i : i + step],
             captions=batch.captions[i : i + step],

@@ -37,11 +37,11 @@ def _chance(matching: int, total: int, k: int) -> float:
 
 @torch.no_grad()
 def encode_dataset(
-    dataset: Dataset, codec: Codec, *, resolution: int, limit: int, device: torch.device
+    dataset: Dataset, codec: Codec, *, resolution: int, device: torch.device
 ) -> tuple[Tensor, list[list[str]]]:
-    """Latents of the first `limit` images at their centre crop, (M, C, h, w) on the CPU, and their captions."""
+    """Latents of all images at their centre crop, (M, C, h, w) on the CPU, and their captions."""
     latents, captions = [], []
-    for index in range(min(limit, dataset.num_samples)):
+    for index in range(dataset.num_samples):
         sample = dataset.read(index)
         pixels = torch.from_numpy(training_image(read_image(sample.image), resolution))
         images = pixels_to_images(pixels.permute(2, 0, 1)[None].to(device))
