@@ -16,7 +16,7 @@ setup: $(VENV)/.done ## build .venv with the pinned packages
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes,int8]'
 	@# its own pins cannot be met beside diffusers; what it imports is among our dependencies (see pyproject.toml)
 	$(PY) -m pip install --quiet --no-deps -c constraints.txt mosaicml-streaming
 	touch $@

@@ -5,7 +5,7 @@ from trainer.config_text import with_overrides
 from trainer.recipes import load
 
 TINY = (
-    "task.model={num_blocks: 2, num_heads: 2, head_dim: 16, patch_size: 1, position_grid: 16, base_grid: 8}",
+    "task.model={kind: mmdit, num_blocks: 2, num_heads: 2, head_dim: 16, patch_size: 1, position_grid: 16, base_grid: 8}",
     "task.text={kind: bytes, max_bytes: 24, width: 32, num_blocks: 1, num_heads: 2}",
     "phases.low_resolution.steps=8",
     "phases.low_resolution.batch_size=8",

@@ -1,0 +1,51 @@
+"""The run's configuration: typed, frozen, one owner a field, units in the names. No torch.
+
+A recipe is a function that returns a `RunConfig`; a variant calls another recipe and replaces fields with `replace`.
+`section` holds what all sections share, `data`, `task` and `training` the sections, `run` the whole and its checks.
+`trainer/config_text.py` reads and writes it as text.
+"""
+
+from trainer.config.data import DataConfig, DatasetConfig
+from trainer.config.run import RunConfig, check_layout, config_digest
+from trainer.config.section import CODE_ROOT, Section, replace, resolve_url
+from trainer.config.task import (
+    AutoencoderConfig,
+    AutoencoderModelConfig,
+    ByteTextConfig,
+    ClassLabelConfig,
+    CodecConfig,
+    DenoiserConfig,
+    DiTConfig,
+    EncoderConfig,
+    FrozenTextConfig,
+    LatentDiffusionConfig,
+    LPLConfig,
+    MMDiTConfig,
+    ParadigmConfig,
+    PixArtConfig,
+    TextConfig,
+    UNetConfig,
+)
+from trainer.config.training import (
+    CheckpointConfig,
+    EMAConfig,
+    InitFromConfig,
+    MetricsConfig,
+    OptimConfig,
+    ParallelConfig,
+    PhaseConfig,
+    PhaseLPLConfig,
+    PromptAccuracyConfig,
+    RateScheduleConfig,
+    SamplesConfig,
+    SpikeConfig,
+)
+
+__all__ = [
+    "CODE_ROOT", "AutoencoderConfig", "AutoencoderModelConfig", "ByteTextConfig", "CheckpointConfig", "ClassLabelConfig",
+    "CodecConfig", "DataConfig", "DatasetConfig", "DenoiserConfig", "DiTConfig", "EMAConfig", "EncoderConfig",
+    "FrozenTextConfig", "InitFromConfig", "LPLConfig", "LatentDiffusionConfig", "MMDiTConfig", "MetricsConfig",
+    "OptimConfig", "ParadigmConfig", "ParallelConfig", "PhaseConfig", "PhaseLPLConfig", "PixArtConfig",
+    "PromptAccuracyConfig", "RateScheduleConfig", "RunConfig", "SamplesConfig", "Section", "SpikeConfig", "TextConfig",
+    "UNetConfig", "check_layout", "config_digest", "replace", "resolve_url",
+]  # fmt: skip

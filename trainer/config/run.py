@@ -1,0 +1,152 @@
+"""A run as a whole: its sections, what must hold between them, and the layouts it fits."""
+
+import hashlib
+import json
+
+from pydantic import Field, model_validator
+
+from trainer.config.data import DataConfig
+from trainer.config.section import NonNegativeInt, Section
+from trainer.config.task import LatentDiffusionConfig, TaskConfig
+from trainer.config.training import (
+    CheckpointConfig,
+    EMAConfig,
+    InitFromConfig,
+    MetricsConfig,
+    OptimConfig,
+    ParallelConfig,
+    PhaseConfig,
+    PromptAccuracyConfig,
+    SamplesConfig,
+)
+from trainer.errors import UserError
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: NonNegativeInt = 0
+    """Of everything random, together with a sample's position in the stream."""
+    task: TaskConfig
+    data: DataConfig
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    init_from: InitFromConfig | None = None
+    """Weights of another run, or of an export, to begin with; absent: fresh ones."""
+    optim: OptimConfig = OptimConfig()
+    ema: EMAConfig = EMAConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    samples: SamplesConfig | None = None
+    """Sample grids at intervals and at the end; latent diffusion only."""
+    prompt_accuracy: PromptAccuracyConfig | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "RunConfig":
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases: names must differ, got {', '.join(names)}")
+        if not self.data.datasets:
+            raise ValueError("data.datasets: name at least one dataset")
+        for i, phase in enumerate(self.phases):
+            for name in phase.data_mix or {}:
+                if name not in self.data.datasets:
+                    raise ValueError(f"phases.{i}.data_mix: no dataset {name!r}; have {', '.join(self.data.datasets)}")
+            if phase.lpl and self.task.kind != "latent_diffusion":
+                raise ValueError(f"phases.{i}.lpl: belongs to the latent_diffusion task, this is {self.task.kind}")
+        if self.task.kind == "latent_diffusion":
+            _check_resolutions(self.task, self.phases)
+            self._check_sampling(self.task)
+        else:
+            for field in ("samples", "prompt_accuracy"):
+                if getattr(self, field):
+                    raise ValueError(f"{field}: belongs to the latent_diffusion task, this is {self.task.kind}")
+        return self
+
+    def _check_sampling(self, task: LatentDiffusionConfig) -> None:
+        paradigm, samples = task.paradigm, self.samples
+        if samples and (samples.sampler == "ddim") == (paradigm.kind == "flow"):
+            raise ValueError(f"samples.sampler: {samples.sampler} does not go with {paradigm.kind}; euler, heun and rk4 go "
+                             "with flow, ddim with ddpm_eps and ddpm_v")  # fmt: skip
+        if samples and paradigm.kind != "flow" and samples.num_steps > 1000:
+            raise ValueError(f"samples.num_steps: {samples.num_steps} is more than the schedule's 1000")
+        if self.prompt_accuracy and not samples:
+            raise ValueError("prompt_accuracy: needs samples, whose sampler it uses; set samples, or "
+                             "prompt_accuracy=null")  # fmt: skip
+        if task.text.kind == "classes":
+            if self.prompt_accuracy:
+                raise ValueError("prompt_accuracy: compares captions, and task.text.kind is classes; set it to null")
+            num_classes = task.text.num_classes
+            for prompt in samples.prompts if samples else ():
+                if not (prompt.isdecimal() and int(prompt) < num_classes):
+                    raise ValueError(f"samples.prompts: {prompt!r} is no class of 0..{num_classes - 1}")
+
+
+def _check_resolutions(task: LatentDiffusionConfig, phases: tuple[PhaseConfig, ...]) -> None:
+    model, codec = task.model, task.codec
+    multiple = codec.downsampling * model.latent_multiple
+    for i, phase in enumerate(phases):
+        patches, rest = divmod(phase.resolution, multiple)
+        if rest:
+            field = (
+                "patch_size"
+                if model.kind != "unet"
+                else "block_out_channels, which halve the latents so that they need"
+            )
+            raise ValueError(
+                f"phases.{i}.resolution: {phase.resolution} px is no multiple of {multiple}: the codec's downsampling of "
+                f"{codec.downsampling} times task.model.{field} {model.latent_multiple}"
+            )
+        if model.kind == "mmdit" and patches > model.position_grid:
+            raise ValueError(
+                f"task.model.position_grid: {model.position_grid} is less than the {patches} patches a side of phase "
+                f"{phase.name}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------- a config as a whole
+
+REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "name")
+NO_NUMBERS = {
+    "data": ("num_workers", "prefetch_steps", "timeout_s", "cache_dir", "max_bad_samples"),
+    "optim": ("max_skipped_in_a_row",),
+    "ema": ("offload",),
+    "parallel": (
+        "replicas", "reshard_after_forward", "micro_batch_size", "keep_gathered", "activation_checkpointing", "compile",
+        "num_threads",
+    ),
+}  # fmt: skip
+"""Fields that do not change what a run computes, beyond rounding: they may differ between a run and its resume."""
+
+
+def config_digest(config: RunConfig) -> str:
+    """Changes when the numbers that a run computes may change. Where and how often it reports is left out."""
+    tree = config.model_dump(mode="json", exclude=set(REPORTING))
+    for section, fields in NO_NUMBERS.items():
+        for field in fields:
+            tree[section].pop(field)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Every phase's batch must divide over ranks and micro-batches, and the ranks over the replicas.
+
+    Raises:
+        UserError: naming the phase and the numbers.
+    """
+    replicas, micro = config.parallel.replicas, config.parallel.micro_batch_size
+    if world_size % replicas:
+        raise UserError(
+            f"parallel.replicas: {replicas} copies of the model do not divide the {world_size} ranks; take a divisor"
+        )
+    for phase in config.phases:
+        per_rank, rest = divmod(phase.batch_size, world_size)
+        if rest:
+            below = f"{per_rank * world_size} or " if per_rank else ""
+            raise UserError(
+                f"phases.{phase.name}.batch_size: {phase.batch_size} images do not divide over {world_size} ranks; "
+                f"take {below}{(per_rank + 1) * world_size}"
+            )
+        if micro and per_rank > micro and per_rank % micro:
+            raise UserError(
+                f"parallel.micro_batch_size: {micro} does not divide the {per_rank} images of a rank in phase {phase.name}"
+            )
