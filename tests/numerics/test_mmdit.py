@@ -7,7 +7,8 @@ from torch import Tensor
 
 from trainer.config import MMDiTConfig
 from trainer.errors import UserError
-from trainer.models.mmdit import Condition, MMDiT
+from trainer.models.condition import Condition
+from trainer.models.mmdit import MMDiT
 from trainer.models.sd3_weights import mmdit_from_diffusers, mmdit_to_diffusers
 
 CONFIG = MMDiTConfig(num_blocks=3, num_heads=4, head_dim=16, patch_size=2, position_grid=24, base_grid=16)

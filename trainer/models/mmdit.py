@@ -4,24 +4,13 @@ B batch, C latent channels, H W latent sides, N image tokens, L text tokens, D w
 the pooled text. A plain module: sharding, recomputation and compilation come from outside.
 """
 
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from trainer.config import MMDiTConfig
+from trainer.models.condition import Condition
 from trainer.models.layers import MLP, QKV, attention, grid_positions, modulate, timestep_features
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a denoiser is told beside the timestep."""
-
-    tokens_BLT: Tensor
-    pooled_BP: Tensor
-    mask_BL: Tensor | None = None
-    """True at tokens that are not padding; None: all are real."""
 
 
 class Stream(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from trainer.config import ByteTextConfig, ClassLabelConfig, TextConfig
 from trainer.errors import UserError
+from trainer.models.condition import Condition
 from trainer.models.layers import MLP, QKV, attention
-from trainer.models.mmdit import Condition
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ClassEncoder(TextEncoder):
 
     def forward(self, text: TextInput) -> Condition:
         tokens_B1T = self.embedding(text.ids_BL)
-        return Condition(tokens_B1T, tokens_B1T[:, 0], text.mask_BL)
+        return Condition(tokens_B1T, tokens_B1T[:, 0], text.mask_BL, text.ids_BL[:, 0])
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:
