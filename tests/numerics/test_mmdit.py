@@ -1,15 +1,17 @@
 """Our MMDiT is SD3's: the same weights give the same output as diffusers' model, in both directions."""
 
+import re
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from trainer.config import MMDiTConfig
+from trainer.config import MMDiTConfig, replace
 from trainer.errors import UserError
 from trainer.models.condition import Condition
 from trainer.models.mmdit import MMDiT
-from trainer.models.sd3_weights import mmdit_from_diffusers, mmdit_to_diffusers
+from trainer.models.sd3_weights import mmdit_from_diffusers, mmdit_to_diffusers, sd3_state_to_mmdit
 
 CONFIG = MMDiTConfig(num_blocks=3, num_heads=4, head_dim=16, patch_size=2, position_grid=24, base_grid=16)
 
@@ -35,10 +37,12 @@ def randomised(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24)])
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize(("qk_norm", "num_dual"), [(True, 0), (False, 0), (True, 2), (False, 3)])
 @torch.no_grad()
-def test_equal_to_diffusers_in_both_directions(size: tuple[int, int], qk_norm: bool) -> None:
-    ours = MMDiT(CONFIG.model_copy(update={"qk_norm": qk_norm}), latent_channels=16, token_width=40, pooled_width=24)
+def test_equal_to_diffusers_in_both_directions(size: tuple[int, int], qk_norm: bool, num_dual: int) -> None:
+    """With second attentions: Stable Diffusion 3.5 medium's blocks."""
+    config = replace(CONFIG, qk_norm=qk_norm, num_dual_attention_blocks=num_dual)
+    ours = MMDiT(config, latent_channels=16, token_width=40, pooled_width=24)
     randomised(ours)
     arguments, state = mmdit_to_diffusers(ours)
     peer = SD3Transformer2DModel(**arguments)
@@ -50,6 +54,7 @@ def test_equal_to_diffusers_in_both_directions(size: tuple[int, int], qk_norm: b
 
     randomised(peer)
     back = mmdit_from_diffusers(peer.config, peer.state_dict())
+    assert back.config == config
     torch.testing.assert_close(back(z, t, c), theirs(peer, z, t, c), atol=1e-5, rtol=0)
 
 
@@ -82,3 +87,40 @@ def test_foreign_weights_are_named() -> None:
         mmdit_from_diffusers(arguments, {k: v for k, v in state.items() if k != "transformer_blocks.1.ff.net.2.bias"})
     with pytest.raises(UserError, match=r"extra\.weight: 1 SD3 tensors"):
         mmdit_from_diffusers(arguments, {**state, "extra.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match="not the first blocks"):
+        mmdit_from_diffusers({**arguments, "dual_attention_layers": (1, 2)}, state)
+
+
+def test_weights_map_without_a_model() -> None:
+    model = MMDiT(replace(CONFIG, num_dual_attention_blocks=1), latent_channels=16, token_width=40, pooled_width=24)
+    randomised(model)
+    back = sd3_state_to_mmdit(mmdit_to_diffusers(model)[1], model.config)
+    assert back.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(back[name], tensor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_blocks": 4, "num_dual_attention_blocks": 1},
+         "weights have num_blocks 3, num_dual_attention_blocks 0, this model has num_blocks 4, num_dual_attention_blocks 1;"),
+        ({"num_heads": 8, "qk_norm": False},
+         "weights have width 64, qk_norm True, this model has width 128, qk_norm False;"),
+        ({"num_heads": 2, "head_dim": 32}, "weights have head_dim 16, this model has head_dim 32;"),
+        ({"patch_size": 1}, "weights have patch_size 2, this model has patch_size 1;"),
+        ({"position_grid": 20}, "weights have position_grid 24, this model has position_grid 20;"),
+        ({"base_grid": 8}, "base_grid: the SD3 weights' positions run from 0 to about 16, this model's to 8"),
+        ({"layout": "shared"}, "layout: this model has shared, SD3's weights have sd3"),
+        ({"positions": "rotary"}, "positions: this model has rotary, SD3's weights have sincos"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_layout_are_refused_with_both_sides(changes: dict[str, object], message: str) -> None:
+    state = mmdit_to_diffusers(MMDiT(CONFIG, latent_channels=16, token_width=40, pooled_width=24))[1]
+    with pytest.raises(UserError, match=re.escape(message)):
+        sd3_state_to_mmdit(state, replace(CONFIG, **changes))
+
+
+def test_weights_of_another_kind_are_named() -> None:
+    with pytest.raises(UserError, match="not an SD3Transformer2DModel's weights"):
+        sd3_state_to_mmdit({"conv_in.weight": torch.zeros(1)}, CONFIG)

@@ -1,6 +1,8 @@
-"""Parts that the transformers share. B batch, N image tokens, L text tokens, D width."""
+"""Parts that the transformers share. B batch, N image tokens, L text tokens, S all tokens, D width, K frequencies."""
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +23,84 @@ def timestep_features(t_B: Tensor, width: int = 256, max_period: float = 10_000.
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def grid_positions(width: int, table: int, base: int) -> Tensor:
-    """2-D sine-cosine positions of a table x table grid that spans 0..base on each side: (table, table, width) float32.
+# ------------------------------------------------------------------------------------------------------------ positions
 
-    The first half of the channels encodes the column and the second the row, as SD3's tables do.
-    """
-    coordinates = torch.arange(table, dtype=torch.float64) * (base / table)
-    omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = coordinates[:, None] * omega
-    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (table, width / 2)
-    columns = line[None, :, :].expand(table, -1, -1)
-    rows = line[:, None, :].expand(-1, table, -1)
-    return torch.cat([columns, rows], dim=-1).float()
+
+class Axis(NamedTuple):
+    """Coordinates of the patches along one side of an image: (start + i) * step for i < length."""
+
+    length: int
+    start: float
+    step: float
+
+
+def cropped_axes(rows: int, columns: int, *, table: int, base: int) -> tuple[Axis, Axis]:
+    """Rows and columns in the centre of a table x table grid over 0..base (Esser et al. 2024): a larger image has new
+    positions around those of a smaller one."""
+    assert max(rows, columns) <= table, f"{rows} x {columns} patches, positions for {table} x {table}"
+    return Axis(rows, (table - rows) // 2, base / table), Axis(columns, (table - columns) // 2, base / table)
+
+
+def stretched_axes(rows: int, columns: int, *, base: int) -> tuple[Axis, Axis]:
+    """Rows and columns where the longer side spans 0..base at any size; the shorter has the same step, in the middle."""
+    longer = max(rows, columns)
+    return Axis(rows, (longer - rows) / 2, base / longer), Axis(columns, (longer - columns) / 2, base / longer)
+
+
+@lru_cache(maxsize=1024)  # some kilobytes each; an image size has two
+def sinusoids(axis: Axis, num_frequencies: int, device: torch.device) -> Tensor:
+    """Cosines and sines of coordinates times 10000^(-k / K): (2, length, K) float32, reckoned in float64."""
+    with torch.device("cpu"):  # also for a model that is being built elsewhere
+        coordinates = (torch.arange(axis.length, dtype=torch.float64) + axis.start) * axis.step
+        omega_K = 10_000.0 ** -(torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
+        angles = coordinates[:, None] * omega_K
+        return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+
+
+def sincos_positions(rows: Axis, columns: Axis, width: int, device: torch.device) -> Tensor:
+    """2-D sine-cosine positions, (rows * columns, width) float32: the first half of the channels encodes the column and the
+    second the row, sines before cosines, as SD3's and DiT's tables do."""
+    (row_cos, row_sin), (column_cos, column_sin) = (sinusoids(axis, width // 4, device) for axis in (rows, columns))
+    row_lines = torch.cat([row_sin, row_cos], dim=-1)[:, None].expand(-1, columns.length, -1)
+    column_lines = torch.cat([column_sin, column_cos], dim=-1)[None].expand(rows.length, -1, -1)
+    return torch.cat([column_lines, row_lines], dim=-1).flatten(0, 1)
+
+
+def rotary_positions(rows: Axis, columns: Axis, head_dim: int, device: torch.device) -> Tensor:
+    """2-D axial rotary positions (Su et al. 2021, each half of the channels for one side) for `rotate`: cosines and sines,
+    (2, rows * columns, head_dim / 2) float32. Tokens that are not turned, a text's, stand at (0, 0)."""
+    row_2RK, column_2CK = (sinusoids(axis, head_dim // 4, device) for axis in (rows, columns))
+    row_2RCK = row_2RK[:, :, None].expand(-1, -1, columns.length, -1)
+    column_2RCK = column_2CK[:, None].expand(-1, rows.length, -1, -1)
+    return torch.cat([row_2RCK, column_2RCK], dim=-1).flatten(1, 2)
+
+
+def rotate(x_BHND: Tensor, rotation_2NK: Tensor) -> Tensor:
+    """Turn channels k and K + k of every token by its k-th angle; K is half the channels. Products of two rotated vectors
+    depend on the difference of their coordinates alone."""
+    cos, sin = rotation_2NK
+    a, b = x_BHND.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_BHND.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of latents as tokens, with sine-cosine positions of which each side spans 0..base at any size, as DiT's and
+    PixArt's. In place of diffusers' `PatchEmbed`, whose table is a buffer and would not survive the meta device."""
+
+    def __init__(self, latent_channels: int, width: int, patch_size: int, base: int) -> None:
+        super().__init__()
+        self.width, self.base = width, base
+        self.proj = nn.Conv2d(latent_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, zt_BCHW: Tensor) -> Tensor:
+        """(B, N, D)."""
+        x_BDRC: Tensor = self.proj(zt_BCHW)
+        rows, columns = (Axis(side, 0, self.base / side) for side in x_BDRC.shape[-2:])
+        positions_ND = sincos_positions(rows, columns, self.width, x_BDRC.device)
+        return x_BDRC.flatten(2).transpose(1, 2) + positions_ND
 
 
 class MLP(nn.Module):
@@ -59,13 +127,23 @@ class QKV(nn.Module):
         self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if norm else nn.Identity()
 
-    def forward(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three tensors of shape (B, heads, N, head_dim)."""
+    def forward(self, x_BND: Tensor, rotation_2NK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Three tensors of shape (B, heads, N, head_dim); queries and keys turned where a rotation is given."""
         q, k, v = rearrange(self.proj(x_BND), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation_2NK is not None:
+            q, k = rotate(q, rotation_2NK), rotate(k, rotation_2NK)
+        return q, k, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
     """Full attention over S tokens; `mask_BS` is true where a token may be looked at. Returns (B, S, D)."""
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
     return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
+
+
+def unpatchify(x_BNE: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
+    """Tokens of patch x patch x C values to latents, (B, C, H, W)."""
+    p = patch_size
+    latents_BCHW = rearrange(x_BNE, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=p)
+    return latents_BCHW.contiguous()  # of patches of one pixel it is a view, which sharding warns of
