@@ -1,18 +1,12 @@
-"""The codec against diffusers' own autoencoder, and the files that it refuses."""
+"""The codec against diffusers' own autoencoder, at small widths."""
 
-import json
-import math
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-import safetensors.torch
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from trainer.errors import UserError
 from trainer.models.autoencoders import Codec
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -35,27 +29,6 @@ def make_vae(name: str = "sdxl", channels: tuple[int, ...] = (8, 16, 16, 24)) ->
     ).eval()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_vae().save_pretrained(tmp_path / "vae", safe_serialization=True)
-    return tmp_path / "vae"
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(folder: Path, edit) -> None:
-    path = folder / "diffusion_pytorch_model.safetensors"
-    weights = safetensors.torch.load_file(path)
-    edit(weights)
-    safetensors.torch.save_file(weights, path)
-
-
-# ---------------------------------------------------------------------------------------------------------- mathematics
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_decoding_is_exactly_the_autoencoder_s(name: str) -> None:
     vae = make_vae(name)
@@ -68,7 +41,7 @@ def test_decoding_is_exactly_the_autoencoder_s(name: str) -> None:
         images = vae.decode(codec.scaled_to_raw(scaled)).sample
         assert torch.equal(codec.decode(scaled), images)
         maps = codec.decode_features(scaled)
-        decoder = codec.vae.decoder
+        decoder: Any = codec.vae.decoder
         assert torch.equal(decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(maps[-1]))), images)
     torch.testing.assert_close(codec.scaled_to_raw(scaled), raw, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(codec.raw_to_scaled(raw), scaled)
@@ -100,7 +73,8 @@ def test_fewer_maps_run_less_of_the_decoder() -> None:
     codec = Codec(make_vae())
     latents = torch.randn(1, 4, 4, 4)
     expected = codec.decode_features(latents)[:3]
-    codec.vae.decoder.up_blocks[2] = Forbidden()
+    decoder: Any = codec.vae.decoder
+    decoder.up_blocks[2] = Forbidden()
     for found, want in zip(codec.decode_features(latents, 3), expected, strict=True):
         assert torch.equal(found, want)
     with pytest.raises(AssertionError, match="ran"):
@@ -128,112 +102,3 @@ def test_a_codec_in_bfloat16_takes_float32_latents() -> None:
     maps[-1].float().sum().backward()
     assert latents.grad is not None
     assert latents.grad.dtype == torch.float32
-
-
-# -------------------------------------------------------------------------------------------------------------- loading
-
-
-def test_loads_what_diffusers_saved(folder: Path) -> None:
-    codec, vae = Codec.load(str(folder)), make_vae()
-    for name, weight in vae.state_dict().items():
-        assert torch.equal(codec.vae.state_dict()[name], weight)
-    assert codec.scaling_factor == 0.13025
-    assert codec.shift_factor == 0.0
-    images = torch.rand(1, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(codec.encode_raw(images), vae.encode(images).latent_dist.mean)
-
-
-def test_loads_from_any_file_system(folder: Path) -> None:
-    memory = fsspec.filesystem("memory")
-    for file in folder.iterdir():
-        memory.pipe_file(f"/codec-test/{file.name}", file.read_bytes())
-    assert Codec.load("memory://codec-test/").latent_channels == 4
-
-
-def test_loads_half_precision_as_float32(folder: Path) -> None:
-    edit_weights(folder, lambda w: w.update({k: v.half() for k, v in w.items()}))
-    assert Codec.load(str(folder)).dtype == torch.float32
-
-
-def test_loads_attention_under_its_old_names(folder: Path) -> None:
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-    def rename(weights: dict[str, Tensor]) -> None:
-        for name in list(weights):
-            for new_part, old_part in old.items():
-                if f".{new_part}." in name:
-                    weights[name.replace(new_part, old_part)] = weights.pop(name)
-        assert "decoder.mid_block.attentions.0.proj_attn.bias" in weights
-
-    edit_weights(folder, rename)
-    found = Codec.load(str(folder)).vae.state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in make_vae().state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny'; only AutoencoderKL is supported"),
-        ({"block_out_channels": [8, -1, 16, 24]}, "block_out_channels is"),
-        ({"block_out_channels": [10**9] * 4}, "not a valid AutoencoderKL config"),
-        ({"block_out_channels": [2**15, 2**16, 2**16, 2**17]}, "has shape .* not the weights"),  # terabytes, if made,
-        ({"norm_num_groups": 0}, "not a valid AutoencoderKL config"),
-        ({"act_fn": "nonsense"}, "not a valid AutoencoderKL config"),
-        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000; it must be 1 to 64"),
-        ({"layers_per_block": 3}, r"lacks .* \(\d+ such\)"),
-        ({"layers_per_block": 1}, r"has a foreign .* \(\d+ such\)"),
-        ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types is"),
-        ({"scaling_factor": 0}, "scaling_factor is 0; it must be a positive number"),
-        ({"scaling_factor": math.nan}, "scaling_factor is nan"),
-        ({"shift_factor": "x"}, "shift_factor is 'x'; it must be a number or null"),
-        ({"latents_mean": [0, 0, 0, 0]}, "latents scaled per channel are not supported"),
-        ({"in_channels": 1}, "in_channels is 1; it must be 3"),
-    ],
-    ids=str,
-)
-def test_foreign_configs_are_refused(folder: Path, changes: dict, message: str) -> None:
-    edit_config(folder, **changes)
-    refuse(folder, message)
-
-
-def test_unreadable_configs_are_refused(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    refuse(folder, "config.json: not JSON")
-    (folder / "config.json").write_text("[]")
-    refuse(folder, "config.json: _class_name is 'list'")
-    (folder / "config.json").write_bytes(b" " * (1 << 21))
-    refuse(folder, "config.json: 2097152 bytes")
-    (folder / "config.json").unlink()
-    refuse(folder, "config.json: no such file; give the folder of a diffusers AutoencoderKL")
-
-
-def test_unreadable_weights_are_refused(folder: Path) -> None:
-    path = folder / "diffusion_pytorch_model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    refuse(folder, "safetensors: not a whole safetensors file")
-    path.write_bytes(b"")
-    refuse(folder, "safetensors: not a whole safetensors file")
-    path.unlink()
-    (folder / "diffusion_pytorch_model.bin").write_bytes(b"a pickle, which is never read")
-    refuse(folder, "diffusion_pytorch_model.safetensors: no such file")
-
-
-def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
-    edit_weights(folder, lambda w: w["decoder.conv_in.weight"].view(-1)[3:4].fill_(math.nan))
-    refuse(folder, "decoder.conv_in.weight holds values that are not finite")
-
-
-@pytest.mark.parametrize("url", ["nowhere://x", "repo://../outside", "/no/such/folder"])
-def test_urls_that_lead_nowhere(url: str) -> None:
-    with pytest.raises(UserError) as caught:
-        Codec.load(url)
-    assert url.rpartition("//")[2] in str(caught.value)
-
-
-def refuse(folder: Path, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        Codec.load(str(folder))
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
