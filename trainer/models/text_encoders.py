@@ -6,6 +6,7 @@ B batch, L tokens, T width.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +17,50 @@ from trainer.models.condition import Condition
 from trainer.models.layers import MLP, QKV, attention
 
 
+class TextInput(Protocol):
+    """What an encoder's `prepare` gives and its `forward` takes."""
+
+    @property
+    def num_cut(self) -> int:
+        """Captions that were longer than the encoder takes."""
+
+    def to(self, device: torch.device) -> "TextInput": ...
+
+
 @dataclass(frozen=True)
-class TextInput:
+class TokenInput:
     """Token ids ready for the device."""
 
     ids_BL: Tensor
     mask_BL: Tensor
     num_cut: int = 0
-    """Captions that were longer than the encoder takes."""
 
-    def to(self, device: torch.device) -> "TextInput":
-        return TextInput(
+    def to(self, device: torch.device) -> "TokenInput":
+        return TokenInput(
             self.ids_BL.to(device, non_blocking=True), self.mask_BL.to(device, non_blocking=True), self.num_cut
         )
 
 
 class TextEncoder(nn.Module, ABC):
-    """Common interface. `None` as a caption is the null condition of classifier-free guidance."""
+    """Common interface; `forward` takes what `prepare` gives and returns a `Condition`. `None` as a caption is the null
+    condition of classifier-free guidance."""
 
+    frozen: bool = False
+    """Not trained, and not part of what is sharded and saved."""
+    dropouts: tuple[float, ...] = ()
+    """Share of samples that each of several encoders is not to see."""
     token_width: int
     pooled_width: int
+    """0: there is no pooled text."""
 
     @abstractmethod
-    def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
-        """Tokens of captions, or of the samples' labels, on the host."""
+    def prepare(
+        self,
+        captions: Sequence[str | None],
+        labels: Sequence[int] | None = None,
+        dropped: Sequence[Sequence[bool]] = (),
+    ) -> TextInput:
+        """Tokens of captions, or of the samples' labels, on the host. `dropped[i][b]`: encoder i does not see caption b."""
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -83,12 +104,19 @@ class ByteEncoder(TextEncoder):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
-    def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
+    def prepare(
+        self,
+        captions: Sequence[str | None],
+        labels: Sequence[int] | None = None,
+        dropped: Sequence[Sequence[bool]] = (),
+    ) -> TokenInput:
         """Bytes behind a begin token, padded to (B, max_bytes + 1); the null caption is the begin token alone."""
-        del labels
+        del labels, dropped
         ids = torch.full((len(captions), self.max_bytes + 1), self.PADDING)
         ids[:, 0] = self.BEGIN
         num_cut = 0
@@ -97,9 +125,9 @@ class ByteEncoder(TextEncoder):
             num_cut += len(text) > self.max_bytes
             text = text[: self.max_bytes]
             row[1 : len(text) + 1] = torch.tensor(list(text), dtype=torch.long)
-        return TextInput(ids, ids != self.PADDING, num_cut)
+        return TokenInput(ids, ids != self.PADDING, num_cut)
 
-    def forward(self, text: TextInput) -> Condition:
+    def forward(self, text: TokenInput) -> Condition:
         x_BLT = self.embedding(text.ids_BL) + self.positions
         for block in self.blocks:
             x_BLT = block(x_BLT, text.mask_BL)
@@ -121,8 +149,14 @@ class ClassEncoder(TextEncoder):
     def init_weights(self) -> None:
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def prepare(self, captions: Sequence[str | None], labels: Sequence[int] | None = None) -> TextInput:
+    def prepare(
+        self,
+        captions: Sequence[str | None],
+        labels: Sequence[int] | None = None,
+        dropped: Sequence[Sequence[bool]] = (),
+    ) -> TokenInput:
         """Labels of the samples; where no labels are given, as for prompts, a caption is the class's number."""
+        del dropped
         chosen: list[int] = []
         for i, caption in enumerate(captions):
             if caption is None:
@@ -137,12 +171,26 @@ class ClassEncoder(TextEncoder):
                 )
             chosen.append(label)
         ids = torch.tensor(chosen)[:, None]
-        return TextInput(ids, torch.ones_like(ids, dtype=torch.bool))
+        return TokenInput(ids, torch.ones_like(ids, dtype=torch.bool))
 
-    def forward(self, text: TextInput) -> Condition:
+    def forward(self, text: TokenInput) -> Condition:
         tokens_B1T = self.embedding(text.ids_BL)
-        return Condition(tokens_B1T, tokens_B1T[:, 0], text.mask_BL, text.ids_BL[:, 0])
+        return Condition(
+            tokens_B1T, tokens_B1T[:, 0], labels_B=text.ids_BL[:, 0]
+        )  # no mask: it would rule out flash attention
 
 
-def build_text_encoder(config: TextConfig) -> TextEncoder:
-    return ByteEncoder(config) if isinstance(config, ByteTextConfig) else ClassEncoder(config)
+def build_text_encoder(config: TextConfig, device: torch.device | None = None) -> TextEncoder:
+    """The encoder of a config. Trainable ones are made where torch's default device is, without weights; frozen ones are
+    read from their files onto `device`, by default the CPU.
+
+    Raises:
+        UserError: a frozen encoder's files are missing, damaged, or not what the config declares.
+    """
+    if isinstance(config, ByteTextConfig):
+        return ByteEncoder(config)
+    if isinstance(config, ClassLabelConfig):
+        return ClassEncoder(config)
+    from trainer.models.frozen_text import FrozenText  # imports transformers, which takes seconds
+
+    return FrozenText(config, device or torch.device("cpu"))

@@ -1,11 +1,14 @@
 """Text and class conditions: what is prepared, what is masked, what null means."""
 
+import math
+
 import pytest
 import torch
 
 from trainer.config import ByteTextConfig, ClassLabelConfig
 from trainer.errors import UserError
-from trainer.models.text_encoders import build_text_encoder
+from trainer.models.text_encoders import ClassEncoder, build_text_encoder
+from trainer.recipes import text_presets
 
 
 def byte_encoder():
@@ -35,6 +38,7 @@ def test_a_caption_is_encoded_the_same_beside_any_other_and_order_matters() -> N
 
 def test_classes() -> None:
     encoder = build_text_encoder(ClassLabelConfig(num_classes=3, width=16))
+    assert isinstance(encoder, ClassEncoder)
     encoder.init_weights()
     text = encoder.prepare(["a cat", None], labels=[2, 1])
     assert text.ids_BL.tolist() == [[2], [3]]
@@ -46,3 +50,25 @@ def test_classes() -> None:
         encoder.prepare(["x"], labels=[-1])
     with pytest.raises(UserError, match="prompt 'cat' is no class"):
         encoder.prepare(["cat"])
+
+
+def test_trainable_encoders_are_not_dropped_alone() -> None:
+    encoder = byte_encoder()
+    assert (encoder.frozen, encoder.dropouts) == (False, ())
+    assert encoder.prepare(["dog"], dropped=()).ids_BL[0, 0] == 256
+
+
+def test_presets_join_to_the_published_widths() -> None:
+    sd3, sdxl = text_presets.sd3_text("s3://bucket/sd3"), text_presets.sdxl_text("s3://bucket/sdxl")
+    assert (sd3.width, sd3.pooled_width) == (4096, 2048)
+    assert [len(group) for group in sd3.groups] == [2, 1]
+    assert sum(group[0].max_tokens for group in sd3.groups) == 77 + 256
+    assert [e.weights_folder for e in sd3.encoders] == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert [e.tokenizer_folder for e in sd3.encoders] == ["tokenizer", "tokenizer_2", "tokenizer_3"]
+    assert [e.hidden_state for e in sd3.encoders] == [-2, -2, -1]
+    share_without_text = math.prod(e.dropout for e in sd3.encoders)
+    assert share_without_text == pytest.approx(0.1, abs=1e-3)
+    assert text_presets.sd3_text("x", t5_tokens=77).encoders[2].max_tokens == 77
+    assert (sdxl.width, sdxl.pooled_width) == (2048, 1280)
+    assert (text_presets.clip_l_text("x").width, text_presets.clip_l_text("x").pooled_width) == (768, 768)
+    assert (text_presets.t5_text("x", 4096).width, text_presets.t5_text("x", 4096).pooled_width) == (4096, 4096)
