@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from trainer.config import ParadigmConfig
 from trainer.diffusion import paradigms, schedules
 from trainer.diffusion.paradigms import DDPMV, DDPMEps, FlowOT, Paradigm, build_paradigm
-from trainer.errors import UserError
 
 KINDS = ("ddpm_eps", "ddpm_v", "flow")
 
@@ -160,7 +159,70 @@ def test_gradient_flows_through_the_estimate(kind: str) -> None:
     torch.testing.assert_close(pred.grad, slope.view(-1, 1, 1, 1).expand_as(pred))
 
 
-def test_build_refuses_flow_densities_for_ddpm() -> None:
-    with pytest.raises(UserError, match=r"task\.paradigm\.timestep_density: mode is for flow"):
-        build("ddpm_v", timestep_density="mode")
-    assert isinstance(build("flow"), FlowOT)
+# ------------------------------------------------------------------------------------------------------- loss weighting
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniform_weighting_leaves_the_squared_error_alone(kind: str) -> None:
+    t = build(kind).sample_t(torch.rand(5))
+    weight = build(kind, min_snr_gamma=1.0).loss_weight(t)
+    assert torch.equal(weight, torch.ones(5))
+    assert weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_is_the_published_formula(kind: str, gamma: float) -> None:
+    paradigm = build(kind, weighting="min_snr", min_snr_gamma=gamma)
+    t = paradigm.sample_t(torch.linspace(0.01, 0.98, 200, dtype=torch.float64))
+    alpha, sigma = paradigm._alpha_sigma_float64(t)
+    snr = (alpha / sigma) ** 2
+    assert snr.min() < gamma < snr.max(), "both sides of the minimum"
+    clipped = snr.clamp(max=gamma)
+    expected = {"ddpm_eps": clipped / snr, "ddpm_v": clipped / (snr + 1), "flow": sigma**2 * clipped}[kind]
+    weight = paradigm.loss_weight(t)
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=0.0)
+
+
+def test_min_snr_weighs_an_error_of_the_clean_estimate_alike_whatever_the_network_predicts() -> None:
+    """From one z0_hat, through the conversions, to each prediction: its weighted loss is min(SNR, gamma) |z0_hat - z0|^2."""
+    gamma, abar = 5.0, schedules.scaled_linear_alphas_cumprod()
+    z0, noise = latents(64)
+    z0_hat = z0 + 0.3 * latents(64, seed=1)[0]
+    index, time = torch.linspace(0, 999, 64).long(), torch.linspace(0.001, 0.999, 64, dtype=torch.float64)
+    losses = {}
+    for paradigm, t, to_prediction in (
+        (DDPMEps(abar, min_snr_gamma=gamma), index, paradigms.z0_to_eps),
+        (DDPMV(abar, min_snr_gamma=gamma), index, paradigms.z0_to_v),
+        (FlowOT(min_snr_gamma=gamma), time, paradigms.z0_to_velocity),
+    ):
+        zt = paradigm.add_noise(z0, noise, t)
+        alpha, sigma = paradigm.alpha_sigma(t, like=z0)
+        error_B = (to_prediction(z0_hat, zt, alpha, sigma) - paradigm.target(z0, noise, t)).square().flatten(1).mean(1)
+        losses[type(paradigm)] = paradigm.loss_weight(t).double() * error_B
+        snr_B = (alpha / sigma).square().flatten()
+        expected = snr_B.clamp(max=gamma) * (z0_hat - z0).square().flatten(1).mean(1)
+        torch.testing.assert_close(losses[type(paradigm)], expected, rtol=2e-7, atol=0.0)
+    torch.testing.assert_close(losses[DDPMEps], losses[DDPMV], rtol=2e-7, atol=0.0)
+
+
+def test_min_snr_is_finite_where_there_is_no_noise_and_where_there_is_nothing_else() -> None:
+    v = build("ddpm_v", weighting="min_snr")
+    assert v.noise_level(torch.tensor([999])).item() == math.inf
+    assert v.loss_weight(torch.tensor([999])).item() == 0.0
+    assert build("flow", weighting="min_snr").loss_weight(torch.tensor([0.0, 1.0])).tolist() == [0.0, 0.0]
+    for kind in ("ddpm_eps", "ddpm_v"):
+        weight = build(kind, weighting="min_snr").loss_weight(torch.arange(999))
+        assert (weight > 0).all()
+        assert (weight <= 1).all()
+
+
+def test_weights_stay_on_the_device_of_the_times() -> None:
+    for kind, t in (("ddpm_eps", torch.tensor([5])), ("flow", torch.tensor([0.5]))):
+        for weighting in ("uniform", "min_snr"):
+            assert build(kind, weighting=weighting).loss_weight(t.to("meta")).device.type == "meta"
+
+
+def test_each_kind_builds_its_paradigm() -> None:
+    assert [type(build(kind)) for kind in KINDS] == [DDPMEps, DDPMV, FlowOT]

@@ -6,11 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
 from trainer.config import ParadigmConfig
 from trainer.diffusion.paradigms import DDPMV, Paradigm, build_paradigm
-from trainer.diffusion.samplers import Predict, build_sampler, ddim, euler, guided
+from trainer.diffusion.samplers import Predict, build_sampler, ddim, euler, evaluations, guided, heun
 from trainer.errors import UserError
 
 MEAN, STD = 0.7, 0.4
@@ -54,11 +57,30 @@ def order(errors: dict[int, float]) -> float:
 
 
 @pytest.mark.parametrize("shift_base_px", [None, 256])
-def test_euler_is_of_first_order(shift_base_px: int | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "of_order", "steps", "last_error"),
+    [
+        ("euler", 1, (50, 100, 200, 400), 1e-2),
+        ("heun", 2, (50, 100, 200, 400), 1e-4),
+        ("rk4", 4, (160, 320, 640), 1e-10),
+    ],
+)
+def test_order_of_the_flow_samplers(
+    name: str, of_order: int, steps: tuple[int, ...], last_error: float, shift_base_px: int | None
+) -> None:
+    """The error falls as h, h**2 and h**4."""
     paradigm = build("flow", shift_base_px=shift_base_px)
-    errors = {n: error(euler, paradigm, n) for n in (50, 100, 200, 400)}
-    assert order(errors) == pytest.approx(1.0, abs=0.05), errors
-    assert errors[400] < 1e-2
+    errors = {n: error(build_sampler(name), paradigm, n) for n in steps}
+    assert order(errors) == pytest.approx(of_order, rel=0.05), errors
+    assert errors[steps[-1]] < last_error
+
+
+def test_at_equal_cost_the_higher_order_is_nearer() -> None:
+    paradigm, errors = build("flow"), {}
+    for name, num_steps in (("euler", 40), ("heun", 20), ("rk4", 10)):
+        assert evaluations(name, num_steps) <= 40
+        errors[name] = error(build_sampler(name), paradigm, num_steps)
+    assert errors["rk4"] < errors["heun"] < errors["euler"]
 
 
 def test_ddim_is_of_first_order_in_the_angle() -> None:
@@ -107,9 +129,11 @@ def test_a_single_point_of_data_is_reached_at_any_number_of_steps(kind: str) -> 
         return paradigm.target(point, (zt - alpha * point) / sigma, t)
 
     for num_steps in (1, 2, 7, 50):
-        sampler = euler if kind == "flow" else ddim
-        z = sampler(predict, paradigm, noise(), num_steps)
-        torch.testing.assert_close(z, point, rtol=0, atol=1e-10)
+        for sampler in (
+            (euler, heun) if kind == "flow" else (ddim,)
+        ):  # rk4 asks at t = 0, where this predict divides by 0
+            z = sampler(predict, paradigm, noise(), num_steps)
+            torch.testing.assert_close(z, point, rtol=0, atol=1e-10)
 
 
 def test_ddpm_times_are_trailing() -> None:
@@ -137,13 +161,19 @@ def test_impossible_step_counts(kind: str, num_steps: int) -> None:
         build(kind).sampling_times(num_steps)
 
 
-def test_euler_needs_a_velocity() -> None:
-    with pytest.raises(UserError, match=r"samples\.sampler: euler goes with flow, this is DDPMV; use ddim"):
-        euler(lambda z, t: z, build("ddpm_v"), noise(), 2)
+@pytest.mark.parametrize("name", ["euler", "heun", "rk4"])
+def test_flow_samplers_need_a_velocity(name: str) -> None:
+    with pytest.raises(UserError, match=rf"samples\.sampler: {name} goes with flow, this is DDPMV; use ddim"):
+        build_sampler(name)(lambda z, t: z, build("ddpm_v"), noise(), 2)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("ddpm_v", "ddim"), ("flow", "euler")])
-def test_samplers_keep_dtype_and_call_the_network_once_a_step_without_gradient(kind: str, name: str) -> None:
+@pytest.mark.parametrize("num_steps", [1, 6])
+@pytest.mark.parametrize(("kind", "name", "calls_of_6"), [
+    ("ddpm_v", "ddim", 6), ("flow", "euler", 6), ("flow", "heun", 11), ("flow", "rk4", 24),
+])  # fmt: skip
+def test_samplers_keep_dtype_and_call_the_network_as_often_as_said(
+    kind: str, name: str, calls_of_6: int, num_steps: int
+) -> None:
     calls: list[Tensor] = []
 
     def predict(zt: Tensor, t: Tensor) -> Tensor:
@@ -153,9 +183,65 @@ def test_samplers_keep_dtype_and_call_the_network_once_a_step_without_gradient(k
         calls.append(t)
         return zt
 
-    z = build_sampler(name)(predict, build(kind), noise(torch.float32), 6)
+    z = build_sampler(name)(predict, build(kind), noise(torch.float32), num_steps)
     assert z.dtype == torch.float32
-    assert len(calls) == 6
+    assert len(calls) == evaluations(name, num_steps)
+    assert evaluations(name, 6) == calls_of_6
+    assert [float(t[0]) for t in calls] == sorted((float(t[0]) for t in calls), reverse=True)
+    assert (float(calls[-1][0]) == 0.0) == (name == "rk4"), "the others never ask at t = 0"
+
+
+# -------------------------------------------------------------------------------------------- diffusers' own schedulers
+
+
+def network(zt: Tensor, time: Tensor) -> Tensor:
+    """Any network: it mixes channels, and time (0 to 1000) matters."""
+    return torch.tanh(0.7 * zt.roll(1, 1) - 0.4 * zt + time.float().view(-1, 1, 1, 1) / 500 - 1.0)
+
+
+def ours(name: str, paradigm: Paradigm, num_steps: int) -> Tensor:
+    predict = lambda zt, t: network(zt, paradigm.model_time(t))  # noqa: E731
+    return build_sampler(name)(predict, paradigm, noise(torch.float32), num_steps)
+
+
+def theirs(scheduler, model_time_of_timestep: float = 1.0) -> Tensor:
+    z = noise(torch.float32)
+    for t in scheduler.timesteps:
+        prediction = network(z, (t * model_time_of_timestep).expand(len(z)))
+        z = scheduler.step(prediction, t, z).prev_sample
+    return z
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 28])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_euler_is_diffusers_euler(num_steps: int, shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist())  # as FLUX's pipeline does
+    paradigm = build("flow", shift_base_px=int(512 / shift))
+    torch.testing.assert_close(ours("euler", paradigm, num_steps), theirs(scheduler), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 28])
+def test_heun_is_diffusers_heun(num_steps: int) -> None:
+    """Its times end at 1/num_train_timesteps; with as many of these as steps they are ours."""
+    scheduler = FlowMatchHeunDiscreteScheduler(num_train_timesteps=num_steps)
+    scheduler.set_timesteps(num_steps)
+    expected = theirs(scheduler, model_time_of_timestep=1000 / num_steps)
+    torch.testing.assert_close(ours("heun", build("flow"), num_steps), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 50])
+@pytest.mark.parametrize(("kind", "prediction_type"), [("ddpm_eps", "epsilon"), ("ddpm_v", "v_prediction")])
+def test_ddim_is_diffusers_ddim_with_trailing_times(kind: str, prediction_type: str, num_steps: int) -> None:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        prediction_type=prediction_type, timestep_spacing="trailing", rescale_betas_zero_snr=kind == "ddpm_v",
+    )  # fmt: skip
+    scheduler.set_timesteps(num_steps)
+    torch.testing.assert_close(ours("ddim", build(kind), num_steps), theirs(scheduler), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- guidance
 
 
 def predict_label(scale: float, calls: list[int]) -> Predict:
@@ -179,3 +265,20 @@ def test_guidance_extrapolates_in_one_call_of_twice_the_batch(scale: float, shif
     out = predict_label(scale, calls)(z, torch.zeros(2))
     torch.testing.assert_close(out, z + shift)
     assert calls == [4]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ddpm_eps", "ddim"), ("flow", "euler"), ("flow", "heun"), ("flow", "rk4")])
+def test_every_sampler_follows_the_guided_prediction(kind: str, name: str) -> None:
+    paradigm, scale, calls = build(kind), 2.0, []
+
+    def model(zt: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(zt))
+        conditioned = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=zt.dtype).view(-1, 1, 1, 1)
+        return network(zt, paradigm.model_time(t)) + 0.2 * conditioned * zt
+
+    def extrapolated(zt: Tensor, t: Tensor) -> Tensor:
+        return network(zt, paradigm.model_time(t)) + scale * 0.2 * zt
+
+    out = build_sampler(name)(guided(model, scale), paradigm, noise(), 5)
+    assert calls == [4] * evaluations(name, 5)
+    torch.testing.assert_close(out, build_sampler(name)(extrapolated, paradigm, noise(), 5), rtol=1e-5, atol=1e-5)

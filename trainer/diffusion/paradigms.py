@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.config import ParadigmConfig
 from trainer.diffusion import schedules
-from trainer.diffusion.schedules import NUM_TIMESTEPS
+from trainer.diffusion.schedules import NUM_TIMESTEPS, Density
 from trainer.errors import UserError
 
 # --------------------------------------------- conversions, given z_t; alpha and sigma broadcast against the latents
@@ -67,11 +67,17 @@ def eps_to_velocity(eps: Tensor, zt: Tensor, alpha: Tensor, sigma: Tensor) -> Te
 # ------------------------------------------------------------------------------------------------------------ paradigms
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Paradigm(ABC):
-    """How latents become noisy, and what the network predicts.
+    """How latents become noisy, what the network predicts, and how noise levels are drawn and weighted in training.
 
     Latents keep their dtype, float32 at least: the coefficients are computed in float64 and rounded once.
     """
+
+    density: Density = schedules.uniform_time
+    """Of the training times, over [0, 1), before any shift."""
+    min_snr_gamma: float | None = None
+    """Of min-SNR weighting; None: each noise level's squared error counts alike."""
 
     @abstractmethod
     def sample_t(self, u_B: Tensor) -> Tensor:
@@ -118,6 +124,25 @@ class Paradigm(ABC):
         alpha_B, sigma_B = self._alpha_sigma_float64(t_B)
         return (sigma_B / alpha_B).float()
 
+    def loss_weight(self, t_B: Tensor) -> Tensor:
+        """Factor on each sample's squared error of prediction (B,), float32 on t's device.
+
+        With `min_snr_gamma`, the clean estimate's squared error weighs min(SNR, gamma) whatever the network predicts
+        (Hang et al. 2023, section 3.4), SNR being (alpha/sigma)**2. That is min(SNR, gamma)/SNR on eps,
+        min(SNR, gamma)/(SNR + 1) on v and sigma**2 min(SNR, gamma) on a velocity. Finite and without division by zero
+        at either end: 0 where nothing but noise is left, and on v and velocity 0 where there is none.
+        """
+        if self.min_snr_gamma is None:
+            return torch.ones(t_B.shape, dtype=torch.float32, device=t_B.device)
+        alpha_B, sigma_B = self._alpha_sigma_float64(t_B)
+        clean_weight_B = torch.minimum(alpha_B**2, self.min_snr_gamma * sigma_B**2)  # sigma**2 min(SNR, gamma)
+        return self._weight_on_prediction(clean_weight_B, alpha_B).float()
+
+    def _weight_on_prediction(self, clean_weight_B: Tensor, alpha_B: Tensor) -> Tensor:
+        """From a weight on (error of z0_hat / sigma)**2 to one on the prediction's own squared error. The two are equal
+        for v and velocity, by Table 1."""
+        return clean_weight_B
+
     def add_noise(self, z0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(t_B, like=z0_BCHW)
         return alpha * z0_BCHW + sigma * noise_BCHW
@@ -133,7 +158,7 @@ class DDPM(Paradigm):
     def sample_t(self, u_B: Tensor) -> Tensor:
         num_timesteps = len(self.alphas_cumprod)
         # In float32 the product rounds some u up to the next index.
-        return (u_B.double() * num_timesteps).long().clamp(0, num_timesteps - 1)
+        return (self.density(u_B.double()) * num_timesteps).long().clamp(0, num_timesteps - 1)
 
     def sampling_times(self, num_steps: int) -> list[int]:
         # "Trailing" (Lin et al. 2024, section 3.3): starts at T-1, the only step whose input is (nearly) pure noise.
@@ -170,6 +195,9 @@ class DDPMEps(DDPM):
     def to_eps(self, pred_BCHW: Tensor, zt_BCHW: Tensor, t_B: Tensor) -> Tensor:
         return pred_BCHW
 
+    def _weight_on_prediction(self, clean_weight_B: Tensor, alpha_B: Tensor) -> Tensor:
+        return clean_weight_B / alpha_B**2
+
 
 @dataclass(frozen=True, eq=False)
 class DDPMV(DDPM):
@@ -190,8 +218,6 @@ class DDPMV(DDPM):
 class FlowOT(Paradigm):
     """The network predicts the velocity eps - z0 of the straight path alpha = 1 - t, sigma = t (Lipman et al. 2023)."""
 
-    density: partial[Tensor]
-    """Map of uniform numbers to times: the timestep density before the shift."""
     shift_ratio: float = 1.0
     """Factor on t/(1-t), of training and of sampling times."""
 
@@ -223,29 +249,28 @@ class FlowOT(Paradigm):
 
 
 def build_paradigm(config: ParadigmConfig, *, resolution: int) -> Paradigm:
-    """The paradigm at a resolution (side of the images, in pixels), noise levels shifted where the config says so.
-
-    Raises:
-        UserError: a density that the paradigm does not have, or a mode scale that folds time over.
-    """
+    """The paradigm at a resolution (side of the images, in pixels), noise levels shifted where the config says so."""
     ratio = resolution / config.shift_base_px if config.shift_base_px else 1.0
+    density = _density(config)
+    gamma = config.min_snr_gamma if config.weighting == "min_snr" else None
     if config.kind == "flow":
-        return FlowOT(_flow_density(config), ratio)
-    if config.timestep_density not in (None, "uniform"):
-        raise UserError(f"task.paradigm.timestep_density: {config.timestep_density} is for flow, DDPM uses uniform")
+        return FlowOT(shift_ratio=ratio, density=density, min_snr_gamma=gamma)
     alphas_cumprod = schedules.scaled_linear_alphas_cumprod()
     if config.kind == "ddpm_eps":
-        return DDPMEps(schedules.shift_alphas_cumprod(alphas_cumprod, ratio))
-    return DDPMV(schedules.shift_alphas_cumprod(schedules.zero_terminal_snr(alphas_cumprod), ratio))
+        shifted = schedules.shift_alphas_cumprod(alphas_cumprod, ratio)
+        return DDPMEps(shifted, density=density, min_snr_gamma=gamma)
+    shifted = schedules.shift_alphas_cumprod(schedules.zero_terminal_snr(alphas_cumprod), ratio)
+    return DDPMV(shifted, density=density, min_snr_gamma=gamma)
 
 
-def _flow_density(config: ParadigmConfig) -> partial[Tensor]:
-    if config.timestep_density == "uniform":
-        return partial(schedules.uniform_time)
-    if config.timestep_density == "logit_normal":
-        return partial(schedules.logit_normal_time)
-    low, high = schedules.MODE_SCALE_RANGE
-    if not low <= config.mode_scale <= high:
-        raise UserError(f"task.paradigm.mode_scale: {config.mode_scale:g} is not within {low:g} to {high:.4f}, "
-                        "where times stay in order")  # fmt: skip
-    return partial(schedules.mode_time, scale=config.mode_scale)
+def _density(config: ParadigmConfig) -> Density:
+    """Which density goes with which paradigm, the config has checked."""
+    match config.timestep_density or ("mode" if config.kind == "flow" else "uniform"):
+        case "uniform":
+            return schedules.uniform_time
+        case "logit_normal":
+            return partial(schedules.logit_normal_time, mean=config.logit_mean, std=config.logit_std)
+        case "cosmap":
+            return schedules.cosmap_time
+        case "mode":
+            return partial(schedules.mode_time, scale=config.mode_scale)

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,9 +12,6 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 """T of the DDPM schedules."""
-
-MODE_SCALE_RANGE = (-1.0, 2 / (math.pi - 2))
-"""Where mode sampling's map from u to t is monotone (Esser et al. 2024, section 3.1)."""
 
 
 # -------------------------------------------------------------------------------------------------- DDPM, tables over T
@@ -38,7 +36,10 @@ def shift_alphas_cumprod(alphas_cumprod: np.ndarray, ratio: float) -> np.ndarray
     return alphas_cumprod / (alphas_cumprod + ratio**2 * (1.0 - alphas_cumprod))
 
 
-# --------------------------------------------------------------------------------- flow: densities as maps of u to time
+# ------------------------------------------------------- timestep densities, as monotone maps of u in [0, 1) to [0, 1]
+
+Density = Callable[[Tensor], Tensor]
+"""From uniform numbers (B,) to times (B,), before any shift: monotone, so evenly spread u give evenly spread times."""
 
 
 def uniform_time(u_B: Tensor) -> Tensor:
@@ -46,13 +47,25 @@ def uniform_time(u_B: Tensor) -> Tensor:
 
 
 def mode_time(u_B: Tensor, scale: float) -> Tensor:
-    """Mode sampling with heavy tails, Esser et al. 2024, eq. 20: falls from t = 1 at u = 0 to t = 0 at u = 1."""
+    """Mode sampling with heavy tails, Esser et al. 2024, eq. 20: falls from t = 1 at u = 0 to t = 0 at u = 1.
+
+    Monotone for scales from -1 to 2/(pi - 2) (section 3.1), which the config holds.
+    """
     return 1.0 - u_B - scale * (torch.cos(math.pi / 2 * u_B) ** 2 - 1.0 + u_B)
 
 
 def logit_normal_time(u_B: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """t whose logit is normal (Esser et al. 2024, eq. 19); u = 0 gives t = 0."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u_B))
+
+
+def cosmap_time(u_B: Tensor) -> Tensor:
+    """CosMap, Esser et al. 2024, eq. 21 and 22: log SNR has the density that the cosine schedule gives it.
+
+    t = 1 - 1/(tan(pi u/2) + 1), of density 2/(pi - 2 pi t + 2 pi t**2).
+    """
+    sin_B, cos_B = torch.sin(math.pi / 2 * u_B), torch.cos(math.pi / 2 * u_B)
+    return sin_B / (sin_B + cos_B)  # the same, exact at small t as well
 
 
 def shift_time(t_B: Tensor, ratio: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""The latent diffusion task: caption dropout follows the stream, and a prompt's picture its place in the list alone."""
+"""The latent diffusion task: what is drawn follows the stream, noise levels weigh as the config says, and a prompt's
+picture follows its place in the list alone."""
 
 from typing import Any
 
@@ -7,7 +8,11 @@ import torch
 
 from data.loader import Batch
 from tests.tiny import tiny
+from trainer.config import RunConfig
+from trainer.models.text_encoders import TokenInput
 from trainer.parallel.world import World
+from trainer.rng import spread_uniform, uniform
+from trainer.step_plan import StepPlanner
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 
 CPU = torch.device("cpu")
@@ -23,6 +28,7 @@ def batch(first: int, count: int) -> Batch:
 
 def dropped(task: LatentDiffusionTask, first: int, count: int) -> list[bool]:
     text = task._text_of(batch(first, count), range(first, first + count))
+    assert isinstance(text, TokenInput)
     return (text.mask_BL.sum(1) == 1).tolist()  # the begin token alone
 
 
@@ -32,6 +38,46 @@ def test_captions_are_dropped_at_their_share_by_stream_position(share: float) ->
     drops = dropped(task, 0, 2000)
     assert sum(drops) / 2000 == pytest.approx(share, abs=0.04)
     assert dropped(task, 700, 50) == drops[700:750]
+
+
+def step(
+    run: RunConfig, first: int, count: int, number: int = 7
+) -> tuple[LatentDiffusionTask, dict[str, torch.Tensor]]:
+    """A fresh task's first step of the run's first phase; such a model predicts zeros."""
+    task = LatentDiffusionTask(run, CPU)
+    plan = StepPlanner(run, dict.fromkeys(run.data.datasets, (100,))).plan(number)
+    return task, task.forward_backward(batch(first, count), plan, scale=1.0)
+
+
+@pytest.mark.parametrize("draws", ["low_discrepancy", "independent"])
+def test_min_snr_weighs_each_sample_by_the_time_that_its_place_and_step_draw(draws: str) -> None:
+    run = tiny(
+        "task.paradigm.weighting=min_snr", f"task.paradigm.timestep_draws={draws}", "phases.low_resolution.lpl=null"
+    )
+    task, terms = step(run, 1000, 6)
+    positions = range(1000, 1006)
+    u = uniform(run.seed, positions, "timestep") if draws == "independent" else spread_uniform(run.seed, positions, 7)
+    paradigm = task.paradigm(64)
+    weight = paradigm.loss_weight(paradigm.sample_t(u))
+    assert weight.max() > 1.5 * weight.min()
+    torch.testing.assert_close(terms["denoising_weighted"], weight * terms["denoising"])
+    torch.testing.assert_close(terms["loss"], run.phases[0].denoising_weight * terms["denoising_weighted"])
+
+
+def test_the_weight_is_in_the_gradient_and_not_in_the_plain_squared_error() -> None:
+    runs = [tiny(f"task.paradigm.weighting={w}", "phases.low_resolution.lpl=null") for w in ("uniform", "min_snr")]
+    (plain, plain_terms), (weighted, terms) = (step(run, 1000, 1) for run in runs)
+    assert set(plain_terms) == {"loss", "denoising"}
+    assert set(terms) == {"loss", "denoising", "denoising_weighted"}
+    assert torch.equal(terms["denoising"], plain_terms["denoising"])
+    weight = (terms["denoising_weighted"] / terms["denoising"]).item()
+    assert 0.0 < weight < 0.9
+    gradients = [
+        torch.cat([p.grad.flatten() for p in task.module.parameters() if p.grad is not None])
+        for task in (plain, weighted)
+    ]
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(gradients[1], weight * gradients[0], rtol=1e-4, atol=1e-7)
 
 
 @torch.no_grad()
