@@ -24,8 +24,17 @@ STEP_SECONDS = Metric(
     "loupe_step_seconds", "histogram", "Wall time of a step, by stage; stage `total` is the whole step.", ("stage",),
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )  # fmt: skip
-LOSS = Metric("loupe_loss", "gauge", "Mean loss of the last interval, by term, before weighting.", ("term",))
+LOSS = Metric(
+    "loupe_loss",
+    "gauge",
+    "Mean loss of the last interval, by term; before weighting, unless it says weighted.",
+    ("term",),
+)
 GRADIENT_NORM = Metric("loupe_gradient_norm", "gauge", "Global gradient norm before clipping, last step read.")
+UPDATE_RATIO = Metric(
+    "loupe_update_ratio", "gauge", "Norm of one step's update over the norm of the weights, last step read."
+)
+ROLL_BACKS = Metric("loupe_roll_backs_total", "counter", "Returns to the last checkpoint because of loss spikes.")
 LEARNING_RATE = Metric("loupe_learning_rate", "gauge", "Learning rate of the last step.")
 IMAGES_PER_SECOND = Metric("loupe_images_per_second", "gauge", "Images per second of all ranks, last interval.")
 PHASE = Metric("loupe_phase", "gauge", "Index of the phase that is being trained, by its name.", ("phase",))

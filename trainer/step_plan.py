@@ -17,12 +17,24 @@ class StepPlan:
     learning_rate: float
     position: int
     """Stream position of the global batch's first image."""
+    begins_phase: bool
     ends_phase: bool
 
 
 class StepPlanner:
-    def __init__(self, config: RunConfig, shard_sizes: Mapping[str, Sequence[int]]) -> None:
-        """`shard_sizes`: samples in each shard, by dataset."""
+    def __init__(
+        self,
+        config: RunConfig,
+        shard_sizes: Mapping[str, Sequence[int]],
+        passed_over: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """
+        Args:
+            shard_sizes: samples in each shard, by dataset.
+            passed_over: (step, images): from that step on the stream is so many images further, because a roll back
+                passed over them. What happened at run time, and so part of the checkpoint.
+        """
+        self._config, self._shard_sizes, self._passed_over = config, shard_sizes, tuple(passed_over)
         self.schedule = Schedule(config.phases)
         self._warmup_steps = config.optim.warmup_steps
         everything = dict.fromkeys(shard_sizes, 1.0)
@@ -31,10 +43,17 @@ class StepPlanner:
             seed=config.seed,
             window_shards=config.data.shuffle_window_shards,
             segments=[
-                MixSegment(self.schedule.first_position(i), phase.data_mix or everything)
-                for i, phase in enumerate(config.phases)
+                MixSegment(first + self._shift_at(first_step), phase.data_mix or everything)
+                for first_step, first, phase in self.schedule.beginnings()
             ],
         )
+
+    def passing_over(self, passed_over: Sequence[tuple[int, int]]) -> "StepPlanner":
+        """The same plan with other images passed over."""
+        return StepPlanner(self._config, self._shard_sizes, passed_over)
+
+    def _shift_at(self, step: int) -> int:
+        return sum(images for since, images in self._passed_over if since <= step)
 
     def plan(self, step: int) -> StepPlan:
         place = self.schedule.at(step)
@@ -42,8 +61,9 @@ class StepPlanner:
             step=step,
             phase=place.phase,
             phase_index=place.phase_index,
-            learning_rate=learning_rate(place.phase, step, self._warmup_steps),
-            position=place.position,
+            learning_rate=learning_rate(place, step, self._warmup_steps),
+            position=place.position + self._shift_at(step),
+            begins_phase=place.step_in_phase == 0,
             ends_phase=self.schedule.is_last_of_phase(step),
         )
 

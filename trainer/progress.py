@@ -1,0 +1,38 @@
+"""What a run has become, beside its tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.plan import SampleRef
+
+
+@dataclass
+class Progress:
+    """Saved in the checkpoint; the same on every rank."""
+
+    step: int = 0
+    """Steps done: the next one to do."""
+    images: int = 0
+    steps_skipped: int = 0
+    """Not finite, or spikes."""
+    skipped_in_a_row: int = 0
+    init_from: str | None = None
+    """URL of the weights that the run began with, where they were another's."""
+    roll_backs: int = 0
+    passed_over: list[tuple[int, int]] = field(default_factory=list)
+    """(step, images) of each roll back: from that step on the stream is so many images further."""
+    train_seconds: float = 0.0
+    """Time in training steps, over all attempts; saving and sampling are not counted."""
+    substitutions: dict[SampleRef, SampleRef] = field(default_factory=dict)
+    """Unreadable samples and what stands in for them, so that a resume trains on the very same images."""
+
+    def to_json(self) -> dict[str, Any]:
+        pairs = [[bad.dataset, bad.index, used.dataset, used.index] for bad, used in self.substitutions.items()]
+        return {**self.__dict__, "substitutions": pairs, "passed_over": [list(item) for item in self.passed_over]}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> "Progress":
+        pairs = {SampleRef(a, i): SampleRef(b, j) for a, i, b, j in tree["substitutions"]}
+        passed_over = [(step, images) for step, images in tree["passed_over"]]
+        return cls(**{**tree, "substitutions": pairs, "passed_over": passed_over})
