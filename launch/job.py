@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,18 +128,30 @@ def trainer_command(run_dir: str, work_dir: str) -> list[str]:
 
 
 def load_config(recipe: str, overrides: Sequence[str]) -> RunConfig:
-    """The resolved config, its local datasets and codec as absolute paths: a job may be started again from elsewhere.
+    """The resolved config, its local folders as absolute paths: a job may be started again from elsewhere.
 
     Raises:
         UserError: unknown recipe, field or value.
     """
     config = with_overrides(recipes.load(recipe), overrides)
-    urls = {f"data.datasets.{name}.url": dataset.url for name, dataset in config.data.datasets.items()}
-    if config.task.kind == "latent_diffusion":
-        urls["task.codec.url"] = config.task.codec.url
     return with_overrides(
-        config, [f"{field}={json.dumps(os.path.abspath(url))}" for field, url in urls.items() if "://" not in url]
+        config,
+        [f"{field}={json.dumps(os.path.abspath(url))}" for field, url, _ in _inputs(config) if "://" not in url],
     )
+
+
+def _inputs(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(field, URL, files of which it holds one) of all that a run reads."""
+    for name, dataset in config.data.datasets.items():
+        yield f"data.datasets.{name}.url", dataset.url, ("index.json",)
+    if config.task.kind == "latent_diffusion":
+        yield "task.codec.url", config.task.codec.url, ("config.json",)
+        if config.task.text.kind == "frozen":
+            for i, encoder in enumerate(config.task.text.encoders):
+                weights = f"{encoder.weights_folder}/config.json".lstrip("/")
+                yield f"task.text.encoders.{i}.url", encoder.url, (weights,)
+    if config.init_from:
+        yield "init_from.url", config.init_from.url, ()
 
 
 def check(spec: JobSpec, config: RunConfig) -> None:
@@ -149,24 +161,25 @@ def check(spec: JobSpec, config: RunConfig) -> None:
         UserError: layout, a local dataset or codec that is not there, a rehearsal outside of the schedule.
     """
     check_layout(config, spec.world_size)
-    for name, dataset in config.data.datasets.items():
-        _check_local_folder(f"data.datasets.{name}.url", dataset.url, "index.json")
-    if config.task.kind == "latent_diffusion":
-        _check_local_folder("task.codec.url", config.task.codec.url, "config.json")
+    for field, url, files in _inputs(config):
+        _check_local(field, url, files)
     total_steps = Schedule(config.phases).total_steps
     if spec.rehearse_preemption is not None and not 0 < spec.rehearse_preemption < total_steps:
         raise UserError(f"--rehearse-preemption {spec.rehearse_preemption}: the run has {total_steps} steps; "
                         f"take 1 to {total_steps - 1}")  # fmt: skip
 
 
-def _check_local_folder(field: str, url: str, index: str) -> None:
+def _check_local(field: str, url: str, files: tuple[str, ...]) -> None:
     path = resolve_url(url).removeprefix("file://")
     if "://" in path:
         return
-    if not os.path.isdir(path):
-        raise UserError(f"{field}: no folder {url}")
-    if not os.path.isfile(os.path.join(path, index)):
-        raise UserError(f"{field}: {url} has no {index}; it is not what `loupe data build` or diffusers writes")
+    if not files and not os.path.exists(path):
+        raise UserError(f"{field}: no {url}; give a run folder, a checkpoint or weights in safetensors")
+    if files and not os.path.isdir(path):
+        raise UserError(f"{field}: no folder {url}; put it there, or --set {field}=...")
+    for file in files:
+        if not os.path.isfile(os.path.join(path, file)):
+            raise UserError(f"{field}: {url} has no {file}; it is not what `loupe data build` or diffusers writes")
     if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
         raise UserError(
             f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"

@@ -1,6 +1,7 @@
 """Recipes: complete runs as functions. `RECIPES` is what `loupe recipes` lists and the launchers accept by name. No torch."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -8,9 +9,38 @@ import fsspec
 from trainer.config import RunConfig
 from trainer.config_text import from_yaml, suggest
 from trainer.errors import UserError
+from trainer.recipes import models, paper
 from trainer.recipes.demo import demo, demo_autoencoder, photos
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (demo, demo_autoencoder, photos)}
+
+def _by_paradigm(recipe: Callable[[paper.Paradigm], RunConfig]) -> dict[str, Callable[[], RunConfig]]:
+    """One recipe for each paradigm, of the same text."""
+    named: dict[str, Callable[[], RunConfig]] = {}
+    for paradigm, suffix in paper.SUFFIXES.items():
+        variant = partial(recipe, paradigm)
+        variant.__doc__ = (recipe.__doc__ or "").replace(":", f", as {paradigm}:", 1)
+        named[recipe.__name__ + suffix] = variant
+    return named
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    **{f.__name__: f for f in (demo, demo_autoencoder, photos)},
+    **_by_paradigm(paper.imagenet_256),
+    **_by_paradigm(paper.imagenet_512_lpl),
+    **_by_paradigm(paper.cc12m_256),
+    **_by_paradigm(paper.cc12m_512_lpl),
+    **_by_paradigm(paper.s320m_512_lpl),
+    **{
+        f.__name__: f
+        for f in (
+            models.sd3_medium_512,
+            models.finetune,
+            models.imagenet_256_dit,
+            models.cc12m_256_unet,
+            models.cc12m_256_pixart,
+        )
+    },
+}
 
 
 def load(name: str) -> RunConfig:
