@@ -1,30 +1,48 @@
-"""Exponential moving average of the weights: float32, sharded as the weights are."""
+"""Exponential moving average of the weights: float32, sharded as the weights are, beside them or in host memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from trainer.tensors import locals_of
+from trainer.background import Background
+from trainer.tensors import local, locals_of
 
 
 class EMA:
     """ema <- ema + (1 - decay) (weights - ema), for the trainable parameters."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, offload: bool = False) -> None:
+        """`offload`: keep the average in host memory; the same numbers, and `wait_for_copy` before the weights change."""
         self._parameters = dict(module.named_parameters())
-        self.average: dict[str, Tensor] = {
-            name: parameter.detach().clone().float() for name, parameter in self._parameters.items()
-        }
+        copy = in_host_memory if offload else lambda parameter: parameter.detach().clone().float()
+        self._average: dict[str, Tensor] = {name: copy(parameter) for name, parameter in self._parameters.items()}
+        self._host = HostUpdate(self._weights(), locals_of(self._average.values())) if offload else None
 
-    @torch.no_grad()
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """Up to date: waits for an update that is under way in host memory."""
+        if self._host:
+            self._host.finish()
+        return self._average
+
+    def _weights(self) -> list[Tensor]:
+        return locals_of(self._parameters.values())
+
     def update(self, decay: float, skip: Tensor) -> None:
         """`skip` is 1.0 on the device where this step's update was skipped: then nothing moves, and the host needn't know."""
-        average = locals_of(self.average.values())
-        difference = torch._foreach_sub(locals_of(self._parameters.values()), average)
-        torch._foreach_mul_(difference, (1.0 - decay) * (1.0 - skip))
-        torch._foreach_add_(average, difference)
+        if self._host:
+            self._host.start(self._weights(), decay, skip)
+        else:
+            move(locals_of(self._average.values()), self._weights(), decay, skip)
+
+    def wait_for_copy(self) -> None:
+        """Before the weights change again: the device, not the host, waits until they have been copied."""
+        if self._host:
+            self._host.wait_for_copy()
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
@@ -37,7 +55,79 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        weights, average = locals_of(self._parameters.values()), locals_of(self.average.values())
-        kept = [w.clone() for w in weights]
+        weights, average = self._weights(), locals_of(self.average.values())
+        kept = [torch.empty_like(a).copy_(w) for w, a in zip(weights, average, strict=True)]
         torch._foreach_copy_(weights, average)
         torch._foreach_copy_(average, kept)
+
+
+@torch.no_grad()
+def move(average: list[Tensor], weights: list[Tensor], decay: float, skip: Tensor) -> None:
+    """Move `average` a step towards `weights`, in place; not at all where `skip` is 1.0."""
+    difference = torch._foreach_sub(weights, average)
+    torch._foreach_mul_(difference, (1.0 - decay) * (1.0 - skip))
+    torch._foreach_add_(average, difference)
+
+
+class HostUpdate:
+    """Updates of an average in host memory. The device copies its weights on a stream of its own while it goes on, a thread
+    takes the step when they have arrived; the host waits for neither until the next update. On CPU there is no stream."""
+
+    def __init__(self, weights: list[Tensor], average: list[Tensor]) -> None:
+        on_gpu = any(w.is_cuda for w in weights)
+        self._average = average
+        # Pinned: from pageable memory's side no copy runs beside the host. Of the average the device needs nothing.
+        self._weights = [torch.empty_like(w, device="cpu", pin_memory=on_gpu) for w in weights]
+        self._skip = torch.zeros((), pin_memory=on_gpu)
+        self._thread = Background[None]("average")
+        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._copied = torch.cuda.Event(blocking=True) if on_gpu else None
+
+    @torch.no_grad()
+    def start(self, weights: list[Tensor], decay: float, skip: Tensor) -> None:
+        self.finish()  # the one before has read what is overwritten now
+        if self._stream is None:
+            self._copy(weights, skip)
+        else:
+            assert self._copied is not None
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._copy(weights, skip)
+                self._copied.record()
+            skip.record_stream(self._stream)  # the step drops it before it has been read
+        self._thread.start(lambda: self._take_step(decay))
+
+    def _copy(self, weights: list[Tensor], skip: Tensor) -> None:
+        for ours, theirs in zip([*self._weights, self._skip], [*weights, skip], strict=True):
+            ours.copy_(theirs, non_blocking=True)
+
+    def _take_step(self, decay: float) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        move(self._average, self._weights, decay, self._skip)
+
+    def finish(self) -> None:
+        self._thread.collect()
+
+    def wait_for_copy(self) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+
+def in_host_memory(tensor: Tensor) -> Tensor:
+    """A float32 copy in host memory, sharded alike, so that a checkpoint takes it as it takes the others."""
+    shard = local(tensor.detach()).to("cpu", torch.float32, copy=True)
+    if not isinstance(tensor, DTensor):
+        return shard
+    mesh = host_mesh(tensor.device_mesh)  # with the device's own mesh, `from_local` would move the shard back
+    return DTensor.from_local(
+        shard, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def host_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks and process groups, for tensors in host memory: the groups carry gloo beside NCCL."""
+    groups = mesh.get_all_groups()
+    return DeviceMesh.from_group(
+        groups if len(groups) > 1 else groups[0], "cpu", mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names
+    )

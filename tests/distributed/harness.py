@@ -18,19 +18,26 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, replicas: int = 1) -> list[Any]:
     """`function(world, *arguments)` on each rank (importable, as the ranks are new processes); results in rank order.
+    `replicas`: copies of the model, as `init_world` takes it.
 
     An exception on a rank is raised here, and ends the others.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, free_port(), folder, function, arguments), nprocs=world_size)
+        mp.spawn(_rank, (world_size, free_port(), folder, replicas, function, arguments), nprocs=world_size)
         # written by our own children a moment ago
         return [pickle.loads((Path(folder) / str(r)).read_bytes()) for r in range(world_size)]  # noqa: S301
 
 
 def _rank(
-    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    replicas: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
@@ -38,7 +45,7 @@ def _rank(
     }  # fmt: skip
     from trainer.parallel.world import init_world
 
-    world = init_world(num_threads=1, timeout_s=120)
+    world = init_world(num_threads=1, timeout_s=120, replicas=replicas)
     result = function(world, *arguments)
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
     world.barrier()

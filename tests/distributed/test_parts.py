@@ -19,7 +19,7 @@ from trainer.preemption import StopRequest
 from trainer.tensors import full, local
 
 
-def make(world: World) -> tuple[nn.Module, torch.optim.AdamW, EMA]:
+def make(world: World) -> tuple[nn.Module, optim.Optimizer, EMA]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
     parallelize(module, [module[0]], world)
@@ -32,7 +32,7 @@ def backward(module: nn.Module, step: int, poison: bool = False) -> None:
     (loss * float("nan") if poison else loss).backward()
 
 
-def snapshot(module: nn.Module, optimizer: torch.optim.AdamW, ema: EMA) -> list[torch.Tensor]:
+def snapshot(module: nn.Module, optimizer: optim.Optimizer, ema: EMA) -> list[torch.Tensor]:
     tensors = [*module.parameters(), *optim.state_tensors(module, optimizer).values(), *ema.average.values()]
     return [local(t.detach()).clone() for t in tensors]
 
@@ -74,7 +74,7 @@ def parts(world: World) -> dict[str, Any]:
     for i in range(5):
         if i == 2 and world.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
-        agreed.append(agreement.poll(stop.received is not None))
+        agreed.append("stop" in agreement.poll(stop=stop.received is not None))
     agreement.close()
     out["agreed"] = agreed
     out["received"] = stop.received

@@ -1,27 +1,28 @@
-"""A flag that all ranks act on at the same step."""
+"""Flags that all ranks act on at the same step."""
 
 import torch
 import torch.distributed as dist
 
 
 class Agreement:
-    """Has any rank raised its flag? Each call starts this step's reduction and reads the one before: nobody waits for it.
-
-    All ranks read the same reduction, so all act at the same step.
-    """
+    """Which flags has any rank raised? Each call starts this step's reduction and reads the one before: nobody waits for
+    it. All ranks read the same reduction, so all act at the same step."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._work: dist.Work | None = None
-        self._flag = torch.zeros(1)
+        self._names: tuple[str, ...] = ()
+        self._flags = torch.zeros(0)
 
-    def poll(self, raised: bool) -> bool:
-        agreed = False
+    def poll(self, **raised: bool) -> frozenset[str]:
+        """Names of the flags that were raised anywhere, one call ago. Every rank gives the same names, always."""
+        agreed: frozenset[str] = frozenset()
         if self._work is not None:
             self._work.wait()
-            agreed = bool(self._flag.item())
-        self._flag = torch.tensor([float(raised)])
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            agreed = frozenset(name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag)
+        self._names = tuple(raised)
+        self._flags = torch.tensor([float(flag) for flag in raised.values()])
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def close(self) -> None:

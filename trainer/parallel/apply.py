@@ -1,28 +1,96 @@
-"""Sharding, from outside the model. One `apply_*` each; `parallelize` holds their order."""
+"""Sharding, recomputation and compilation, from outside the model. One `apply_*` each; `parallelize` holds their order.
 
-from collections.abc import Iterable
+None of them renames a parameter, so a checkpoint fits every layout.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from trainer.config import ParallelConfig
 from trainer.parallel.world import World
 
+aten = torch.ops.aten
+KEPT_OPERATIONS: list[Any] = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
+"""What `selective` keeps: nearly all of a block's arithmetic. What it recomputes (norms, modulation, activations) is
+cheap to compute, and with the inputs of the kept ones most of its memory."""
 
-def parallelize(module: nn.Module, units: Iterable[nn.Module], world: World) -> None:
-    """Make `module` ready to train on all ranks; `units` are gathered and freed one at a time during a pass.
+COMPILED_VARIANTS = 64
+"""Times that one piece of code may be compiled. Blocks alike share theirs; what makes new ones is finite: another kind of
+block, the second image size (from then on sizes are symbols), training or sampling. torch stops at 8, for good."""
+
+
+def parallelize(
+    module: nn.Module, units: Iterable[nn.Module], world: World, config: ParallelConfig | None = None
+) -> None:
+    """Make `module` ready to train on all ranks; `units`, its blocks, are recomputed, compiled, gathered and freed one at a
+    time.
 
     Every rank must hold the same weights: initialise from the run's seed before this.
     """
+    config, units = config or ParallelConfig(), list(units)
     module.to(world.device)
-    apply_fsdp(module, units, world)
+    # The compiler sees what is recomputed and plans memory with it; it sees nothing of sharding, whose hooks stay outside.
+    apply_activation_checkpointing(units, config.activation_checkpointing)
+    if config.compile:
+        apply_compile(units)
+    stay = config.keep_gathered or not config.reshard_after_forward
+    apply_fsdp(module, units, world, reshard_after_forward=not stay)
 
 
-def apply_fsdp(module: nn.Module, units: Iterable[nn.Module], world: World) -> None:
-    """FSDP2: float32 parameters sharded over all ranks. bf16 is the autocast's business, so master weights stay float32."""
+def apply_activation_checkpointing(units: Sequence[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
+    """Recompute in the backward pass (Chen et al. 2016): each unit as a whole, or all of it but `KEPT_OPERATIONS`."""
+    if mode == "none":
+        return
+    contexts = partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)
+    options = {"context_fn": contexts} if mode == "selective" else {}
     for unit in units:
-        fully_shard(unit, mesh=world.mesh)
-    fully_shard(module, mesh=world.mesh)
+        unit.forward = _recomputed(unit.forward, options)  # torch's wrapper module would rename parameters
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return recomputed
+
+
+def apply_compile(units: Sequence[nn.Module]) -> None:
+    """Block by block: blocks alike are compiled once, and collectives stay between them."""
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    for unit in units:
+        unit.compile()
+
+
+def apply_fsdp(module: nn.Module, units: Sequence[nn.Module], world: World, *, reshard_after_forward: bool) -> None:
+    """FSDP2: float32 parameters sharded over `world.mesh`. bf16 is the autocast's business: master weights stay float32."""
+    for unit in units:
+        fully_shard(unit, mesh=world.mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(module, mesh=world.mesh)  # the root's own parameters stay gathered: backward needs them at once
+
+
+def begin_micro_batch(module: nn.Module, *, last: bool, keep_gathered: bool) -> None:
+    """Before each micro-batch of a step: gradients are reduced after the last alone, and with `keep_gathered` parameters
+    stay gathered until then."""
+    assert isinstance(module, FSDPModule)
+    module.set_requires_gradient_sync(last)
+    if keep_gathered:
+        module.set_reshard_after_backward(last)
 
 
 def reshard(module: nn.Module) -> None:
@@ -31,12 +99,6 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Off during all but the last micro-batch: gradients are reduced once a step."""
-    assert isinstance(module, FSDPModule)
-    module.set_requires_gradient_sync(enabled)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -21,6 +21,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    """What the model is sharded over: ("shard",), or ("replicate", "shard") with several copies of the model."""
     host_group: dist.ProcessGroup
     """Gloo, for flags and small objects: never queued behind the device's collectives."""
 
@@ -44,13 +45,20 @@ class World:
         dist.barrier(group=self.host_group)
 
 
-def init_world(*, num_threads: int = 0, timeout_s: float = 600.0) -> World:
+def init_world(*, num_threads: int = 0, timeout_s: float = 600.0, replicas: int = 1) -> World:
     """Join the job that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or be alone.
 
+    Args:
+        replicas: whole copies of the model, each sharded over size / replicas neighbouring ranks.
+
     Raises:
-        UserError: the rank's GPU is not there.
+        UserError: the rank's GPU is not there, or the replicas do not divide the ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size % replicas:
+        raise UserError(
+            f"parallel.replicas: {replicas} copies of the model do not divide the {size} ranks; take a divisor"
+        )
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     wanted = os.environ.get("LOUPE_DEVICE")  # launchers say; a job that asked for GPUs must not train on CPU unawares
@@ -72,5 +80,12 @@ def init_world(*, num_threads: int = 0, timeout_s: float = 600.0) -> World:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    mesh = build_mesh(device, size, replicas)
     return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def build_mesh(device: torch.device, size: int, replicas: int = 1) -> DeviceMesh:
+    """Neighbouring ranks hold one copy's shards: gathers stay within a node where a copy does. A collective."""
+    if replicas == 1:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
