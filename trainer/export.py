@@ -12,6 +12,7 @@ from data.reader import open_dataset
 from data.transforms import training_image
 from trainer import optim, train_state
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.retention import unique_hold
 from trainer.config import RunConfig, resolve_url
 from trainer.ema import EMA
 from trainer.errors import UserError
@@ -46,7 +47,7 @@ def export_autoencoder(run_dir: str, out: str, *, dtype: torch.dtype = torch.flo
     task = AutoencoderTask(config, torch.device("cpu"))
     ema, optimizer = EMA(task.module), optim.build_optimizer(task.module, config.optim)
     manager = CheckpointManager(f"{folder.url}/{CHECKPOINTS}", keep_last=2, config_digest=None, code_version="")
-    restored = manager.restore(train_state.tensors(task.module, ema, optimizer))
+    restored = manager.restore(train_state.tensors(task.module, ema, optimizer), hold=unique_hold("export"))
     if restored is None:
         raise UserError(f"{run_dir}: no checkpoint to export; train first")
 

@@ -8,6 +8,7 @@ metrics/0000.jsonl     one line an interval, one file an attempt
 logs/rank-0.log        output of each process
 checkpoints/           see trainer/checkpoint
 samples/, curves.png   pictures
+init_report.json       which weights it began with, where it was not fresh ones
 summary.json           how the run ended
 """
 
@@ -23,7 +24,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from trainer.config import RunConfig, config_digest
+from trainer.config import RunConfig, config_digest, differences_in_words
 from trainer.config_text import from_yaml, to_yaml
 from trainer.errors import UserError
 
@@ -31,8 +32,16 @@ CONFIG = "config.yaml"
 JOB = "job.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}
 FLUSH_S = 10.0
 """Longest that a record waits for storage that cannot append, while records come."""
+
+
+def make_folder(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Where there are folders. Object stores have none, and their clients would make the bucket of a mistyped URL."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if not protocols & OBJECT_STORES:
+        fs.makedirs(path, exist_ok=True)
 
 
 class RunFolder:
@@ -62,7 +71,7 @@ class RunFolder:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         path = self.path(name)
-        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+        make_folder(self.fs, os.path.dirname(path))
         if self.is_local:
             temporary = f"{path}.{secrets.token_hex(4)}.tmp"
             self.fs.pipe_file(temporary, data)
@@ -99,8 +108,8 @@ class RunFolder:
         found = self.config()
         if config_digest(found) != config_digest(config):
             raise UserError(
-                f"{self.url}: holds run {found.name!r} of another config; continue that one by giving its {CONFIG}, "
-                "take another --run-dir, or start over with --fresh"
+                f"{self.url}: holds run {found.name!r} of another config ({differences_in_words(found, config)}); "
+                f"continue that one by giving its {CONFIG}, take another --run-dir, or start over with --fresh"
             )
 
     def claim(self, config: RunConfig) -> None:

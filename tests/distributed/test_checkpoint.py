@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,13 +19,20 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.errors import UserError
 from trainer.parallel.world import World
+from trainer.tensors import local
 
 Tensors = dict[str, torch.Tensor]
 
 
 def manager(path: Path, world: World | None = None) -> CheckpointManager:
-    group = world.host_group if world else None
-    return CheckpointManager(str(path), keep_last=3, config_digest="d", code_version="v", process_group=group)
+    return CheckpointManager(
+        str(path),
+        keep_last=3,
+        config_digest="d",
+        code_version="v",
+        process_group=world.host_group if world else None,
+        background_group=dist.new_group(backend="gloo") if world else None,
+    )
 
 
 def build(world: World | None, seed: int) -> Tensors:
@@ -132,7 +140,45 @@ def two_ranks(world: World, base: Path) -> dict[str, Any]:
         str(base / "run"), keep_last=2, config_digest="other", code_version="v", process_group=world.host_group
     )
     seen["other config"] = error_of(lambda: other.restore(first))
+    seen["background"] = in_background(world, base / "background", first)
     seen["all lists"] = [info.step for info in failing.list()]
+    return seen
+
+
+def in_background(world: World, path: Path, tensors: Tensors) -> dict[str, Any]:
+    """Saves while other collectives run; then one that fails on rank 1 alone, after which ranks ask at other times."""
+    seen: dict[str, Any] = {}
+    m = manager(path, world)
+    before = whole(tensors)
+    m.begin_save(tensors, step=1, images_seen=1, state={})
+    for tensor in tensors.values():  # at once, as the next step would
+        local(tensor.detach()).add_(1)
+    for i in range(20):
+        assert world.gather(i) == [i, i]
+        dist.all_reduce(torch.ones(1000))
+    m.finish()
+    saved = m.poll()
+    assert saved is not None
+    into = build(world, seed=9)
+    seen["restored"] = m.restore(into)
+    seen["as it was"] = same(whole(into), before)
+    seen["metadata"] = all(
+        isinstance(t, DTensor) == isinstance(tensors[name], DTensor) for name, t in m._host_copy.take(tensors).items()
+    )
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    m.begin_save(tensors, step=2, images_seen=1, state={})
+    if world.rank == 1:
+        m.settle(timeout_s=60)
+    seen["failed"] = error_of(m.finish)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    world.barrier()
+    seen["left"] = sorted(p.name[:13] for p in path.iterdir())
+    m.begin_save(tensors, step=3, images_seen=1, state={})
+    m.finish()
+    seen["steps"] = [info.step for info in m.list()]
     return seen
 
 
@@ -212,6 +258,18 @@ def test_bad_input_on_one_rank_is_every_ranks(case: str, words: str, two: list[d
         assert kind == UserError.__name__
         assert words in message
         assert seen["all lists"] == [2]
+
+
+def test_saves_in_the_background(two: list[dict[str, Any]]) -> None:
+    for seen in (rank["background"] for rank in two):
+        assert seen["restored"].step == 1
+        assert seen["as it was"]
+        assert seen["metadata"]
+        kind, message = seen["failed"]
+        assert kind == CheckpointError.__name__
+        assert "shard-00001.safetensors: cannot be written" in message
+        assert seen["left"] == ["step-00000001"]
+        assert seen["steps"] == [1, 3]
 
 
 def test_two_ranks_to_one_to_three_to_one(base: Path, two: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.errors import UserError
+from trainer.run_folder import make_folder
 
 COMMIT = "COMMIT"
 MANIFEST = "manifest.json"
@@ -111,7 +112,7 @@ class CheckpointFolder:
         with self._errors("made", name):
             if self.fs.exists(self.path(name)):
                 raise CheckpointError(f"{self.url_of(name)}: exists already; try again")
-            self.fs.makedirs(self.path(name), exist_ok=True)
+            make_folder(self.fs, self.path(name))
             self._sync_folder(self.root)
             return name
 

@@ -4,12 +4,10 @@ A save goes: new directory, shards and index, manifest, sizes verified, COMMIT. 
 anyone; after it, it is never written to again (marks beside its objects excepted).
 """
 
-import contextlib
 import json
 import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,32 +15,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+from trainer.background import Background
 from trainer.checkpoint import folder as names
-from trainer.checkpoint.collective import Ranks, error_of_ranks
+from trainer.checkpoint import retention
+from trainer.checkpoint.collective import Ranks
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.checkpoint.folder import CheckpointFolder, Entry
-from trainer.checkpoint.records import (
-    COMMIT_LIMIT,
-    INDEX_LIMIT,
-    MANIFEST_LIMIT,
-    Index,
-    Manifest,
-    ObjectRecord,
-    check_sizes,
-    commit_for,
-    dump,
-    parse_commit,
-    parse_index,
-    parse_manifest,
-    xxh64,
-)
-from trainer.checkpoint.storage import DTYPE_NAMES, ShardReader, ShardWriter, refuse_all_but_tensors
+from trainer.checkpoint.host_copy import HostCopy
+from trainer.checkpoint.reading import Whole, check_same_tensors, dcp_errors, load, read_index, read_manifest
+from trainer.checkpoint.records import MANIFEST_LIMIT, Index, Manifest, ObjectRecord, commit_for, dump, parse_index
+from trainer.checkpoint.storage import ShardWriter, refuse_all_but_tensors
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Choice = Callable[[Index, str], Mapping[str, torch.Tensor]]
+"""Given what a checkpoint holds, and its URL: the tensors to fill, by their names in it."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: str
+    """URL of the checkpoint."""
+    step: int
+    time: float
+    """When it was committed, Unix time."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,17 @@ class CheckpointInfo:
 
 
 class CheckpointManager:
-    """Checkpoints of one run, under `url`. `save` and `restore` are collective over `process_group` (default: all
-    ranks; one process where torch.distributed is not initialised); the rest is for any one process.
+    """Checkpoints of one run, under `url`. Saving and restoring are collective over `process_group` (default: all ranks;
+    one process where torch.distributed is not initialised); the rest is for any one process.
 
     Args:
         keep_last: newest checkpoints that retention leaves, at least 2.
-        config_digest: a checkpoint of another is refused, not loaded; None takes any, for reading alone.
+        config_digest: a checkpoint of another is refused, not loaded; None takes any and only reads: damaged
+            checkpoints are passed over, not marked.
         code_version: written down, not compared.
         process_group: must carry CPU objects, as gloo does.
+        background_group: another such group, which nobody else uses: saves in the background talk over it.
+        explain: says in words how a checkpoint's config digest differs from this run's.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class CheckpointManager:
         config_digest: str | None,
         code_version: str,
         process_group: dist.ProcessGroup | None = None,
+        background_group: dist.ProcessGroup | None = None,
+        explain: Callable[[str], str] | None = None,
     ) -> None:
         if keep_last < 2:
             raise UserError(
@@ -89,7 +93,14 @@ class CheckpointManager:
             )
         self.folder = CheckpointFolder(url)
         self._keep_last, self._config_digest, self._code_version = keep_last, config_digest, code_version
+        self._explain = explain
         self._ranks = Ranks(process_group)
+        own_group = background_group if self._ranks.world_size > 1 else process_group  # alone, nobody is in the way
+        self._background_ranks = Ranks(own_group) if own_group or self._ranks.world_size == 1 else None
+        self._background: Background[Saved] = Background("checkpoint")
+        self._host_copy = HostCopy()
+        self._finished: Saved | None = None
+        self._passed_over: set[str] = set()
 
     # ---------------------------------------------------------------------------------------------------- save
 
@@ -105,29 +116,80 @@ class CheckpointManager:
         Raises, on every rank, and then there is no checkpoint:
             UserError: storage is full or may not be written; something is not a tensor, `state` is not JSON.
             CheckpointError: storage failed otherwise.
+            What a save in the background before it raised.
         """
+        self.finish()
+        self._ranks.on_all(lambda: _check_given(tensors, state))
+        return self._write(self._ranks, tensors, step, images_seen, state).path
+
+    def begin_save(
+        self, tensors: Mapping[str, torch.Tensor], *, step: int, images_seen: int, state: Mapping[str, Any]
+    ) -> None:
+        """`save` in the background: when this returns, everything has been copied and may change. It waits for the one
+        before. Needs memory on the host for this rank's part of the tensors, kept from one save to the next.
+
+        Raises, on every rank: what a save in the background before it raised; UserError as `save`. What goes wrong
+            afterwards shows in `failed`, and `finish` raises it.
+        """
+        self.finish()
+        ranks = self._background_ranks
+        assert ranks is not None, "saves in the background need a process group of their own"
+
+        def copy() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            _check_given(tensors, state)
+            return self._host_copy.take(tensors), json.loads(json.dumps(dict(state)))
+
+        copied_tensors, copied_state = self._ranks.on_all(copy)
+        self._background.start(partial(self._write, ranks, copied_tensors, step, images_seen, copied_state))
+
+    def poll(self) -> Saved | None:
+        """The save in the background that was committed since the last call. Neither waits nor raises."""
+        if not self._background.running and not self.failed:
+            self._finished = self._background.collect() or self._finished
+        finished, self._finished = self._finished, None
+        return finished
+
+    @property
+    def failed(self) -> bool:
+        """The save in the background has failed on this rank, as it did or will on all. Until `finish` is called."""
+        return self._background.failed
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one; `poll` then tells of it.
+
+        Raises, on every rank: as `save`.
+        """
+        self._finished = self._background.collect() or self._finished
+
+    def settle(self, timeout_s: float) -> None:
+        """Before a process ends with an error: let the save in the background end, but not for longer. Raises nothing."""
+        self._background.wait(timeout_s)
+
+    def _write(
+        self, ranks: Ranks, tensors: Mapping[str, torch.Tensor], step: int, images_seen: int, state: Mapping[str, Any]
+    ) -> Saved:
         digest = self._config_digest
         assert digest is not None, "a manager without a config's digest only reads"
-        self._ranks.on_all(lambda: _check_given(tensors, state))
-        checkpoint = self._ranks.on_rank_0(lambda: self.folder.make(step))
+        checkpoint = ranks.on_rank_0(lambda: self.folder.make(step))
         writer = ShardWriter(self.folder, checkpoint)
         try:
-            with _dcp_errors(self._ranks):
+            with dcp_errors(ranks):
                 dcp.save(
                     {name: tensor.detach() for name, tensor in tensors.items()},
                     storage_writer=writer,
                     planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                    process_group=self._ranks.group,
-                    no_dist=not self._ranks.distributed,
+                    process_group=ranks.group,
+                    no_dist=not ranks.distributed,
                 )
-            self._ranks.on_rank_0(lambda: self._commit(checkpoint, writer.objects, digest, step, images_seen, state))
+            ranks.on_rank_0(lambda: self._commit(checkpoint, writer.objects, digest, step, images_seen, state))
         except (UserError, CheckpointError):
-            if self._ranks.rank == 0:
-                self._remove("what the failed save left", checkpoint)
+            if ranks.rank == 0:
+                retention.remove(self.folder, "what the failed save left", checkpoint)
             raise
-        if self._ranks.rank == 0:
-            self._retain(checkpoint)
-        return self.folder.url_of(checkpoint)
+        saved = Saved(self.folder.url_of(checkpoint), step, time.time())
+        if ranks.rank == 0:
+            retention.retain(self.folder, checkpoint, self._keep_last)
+        return saved
 
     def _commit(
         self,
@@ -155,103 +217,125 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------------------- restore
 
     def restore(
-        self, tensors: Mapping[str, torch.Tensor], *, on_set_aside: Callable[[str, str], None] | None = None
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        on_set_aside: Callable[[str, str], None] | None = None,
+        hold: str | None = None,
     ) -> Restored | None:
         """Load the newest checkpoint that verifies into `tensors`, in place; None where there has never been one.
 
         Args:
             tensors: exactly those that were saved, in any layout over any number of ranks.
             on_set_aside: told the URL and the reason of each damaged checkpoint, on rank 0.
+            hold: as whom to keep the checkpoint from retention while it is read.
 
         Raises, on every rank:
             UserError: the newest whole checkpoint is of another config, format version or set of tensors; or all are
                 damaged, which must not look like a fresh start.
             CheckpointError: storage failed. The tensors may then be partly overwritten.
         """
+        self.finish()
         self._ranks.on_all(lambda: _check_given(tensors, {}))
+
+        def all_of_them(index: Index, where: str) -> Mapping[str, torch.Tensor]:
+            check_same_tensors(index, tensors, where)
+            return tensors
+
+        return self.read(all_of_them, on_set_aside=on_set_aside, hold=hold)
+
+    def read(
+        self,
+        choose: Choice,
+        *,
+        path: str | None = None,
+        on_set_aside: Callable[[str, str], None] | None = None,
+        hold: str | None = None,
+    ) -> Restored | None:
+        """As `restore`, for the tensors that `choose` takes of what the checkpoint has; only those are read.
+
+        Args:
+            path: URL of the one checkpoint to read. Absent: the newest that verifies.
+        """
         while True:
-            chosen = self._ranks.on_rank_0(lambda: self._newest_whole(on_set_aside))
-            if chosen is None:
+            whole = self._ranks.on_rank_0(lambda: self._choose(path, on_set_aside, hold))
+            if whole is None:
                 return None
-            checkpoint, manifest, index_data = chosen
             try:
-                self._load(checkpoint, manifest, index_data, tensors)
+                self._load(whole, choose)
+                return Restored(self.folder.url_of(whole.name), whole.manifest.step, whole.manifest.state)
             except CorruptCheckpoint as e:
+                if path:
+                    raise
                 # The same on all ranks, whichever met it. The next one overwrites all that this one has loaded.
-                aside = partial(self._set_aside, checkpoint, str(e), on_set_aside)
+                aside = partial(self._set_aside, whole.name, str(e), on_set_aside)
                 self._ranks.on_rank_0(aside)
-            else:
-                return Restored(self.folder.url_of(checkpoint), manifest.step, manifest.state)
+            finally:
+                if hold and self._ranks.rank == 0:
+                    retention.release(self.folder, whole.name, hold)
 
-    def _load(
-        self, checkpoint: str, manifest: Manifest, index_data: bytes, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
-        where = self.folder.url_of(checkpoint)
+    def _load(self, whole: Whole, choose: Choice) -> None:
+        where = self.folder.url_of(whole.name)
         # The same bytes on every rank, so that no two can disagree about what is stored where.
-        index = self._ranks.on_all(lambda: parse_index(index_data, manifest, f"{where}/{names.INDEX}"))
-        self._ranks.on_all(lambda: _check_same_tensors(index, tensors, where))
-        with _dcp_errors(self._ranks):
-            dcp.load(
-                {name: tensor.detach() for name, tensor in tensors.items()},
-                storage_reader=ShardReader(self.folder, checkpoint, index),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._ranks.group,
-                no_dist=not self._ranks.distributed,
-            )
+        index = self._ranks.on_all(lambda: parse_index(whole.index_data, whole.manifest, f"{where}/{names.INDEX}"))
+        load(self.folder, self._ranks, whole.name, index, self._ranks.on_all(lambda: choose(index, where)))
 
-    def _newest_whole(self, on_set_aside: Callable[[str, str], None] | None) -> tuple[str, Manifest, bytes] | None:
-        """The newest checkpoint whose records verify and whose objects have their sizes, with its unparsed index."""
-        entries = self.folder.entries()
-        for entry in reversed(entries):
-            if entry.committed:
+    def _choose(
+        self, path: str | None, on_set_aside: Callable[[str, str], None] | None, hold: str | None
+    ) -> Whole | None:
+        """The checkpoint at `path`, or the newest whose records verify; held from here on."""
+        if path:
+            return self._whole(self._entry(path), hold)
+        for entry in reversed(self.folder.entries()):
+            if entry.committed and entry.name not in self._passed_over:
                 try:
-                    manifest = self._manifest(entry)
-                    return entry.name, manifest, self._index_data(entry, manifest)
+                    return self._whole(entry, hold)
                 except CorruptCheckpoint as e:
                     self._set_aside(entry.name, str(e), on_set_aside)
-        damaged = [entry for entry in self.folder.entries() if entry.set_aside]
+        damaged = [e for e in self.folder.entries() if e.set_aside or e.name in self._passed_over]
         if damaged:
+            fresh = "" if self._config_digest is None else ", or start over with --fresh"
             raise UserError(
                 f"{self.folder.url}: all {len(damaged)} checkpoints are damaged and set aside, newest step "
-                f"{damaged[-1].step}; mend one and remove its {names.SET_ASIDE}, or start over with --fresh"
+                f"{damaged[-1].step}; mend one and remove its {names.SET_ASIDE}{fresh}"
             )
         return None
 
-    def _manifest(self, entry: Entry) -> Manifest:
-        where = self.folder.url_of(entry.name)
-        commit_data = self.folder.read_small(
-            f"{entry.name}/{names.COMMIT}", size=entry.sizes[names.COMMIT], limit=COMMIT_LIMIT
-        )
-        commit = parse_commit(commit_data, f"{where}/{names.COMMIT}")
-        if entry.sizes.get(names.MANIFEST) != commit.manifest_bytes:
-            raise CorruptCheckpoint(
-                f"{where}/{names.MANIFEST}: {entry.sizes.get(names.MANIFEST, 'no')} bytes, "
-                f"{commit.manifest_bytes} were written"
-            )
-        data = self.folder.read_small(
-            f"{entry.name}/{names.MANIFEST}", size=commit.manifest_bytes, limit=MANIFEST_LIMIT
-        )
-        manifest = parse_manifest(data, commit, f"{where}/{names.MANIFEST}")
-        if self._config_digest is not None and manifest.config_digest != self._config_digest:
-            raise UserError(
-                f"{where}: written by a run of config {manifest.config_digest}, this run's is {self._config_digest}; "
-                "continue with that run's config, or take another run folder"
-            )
-        check_sizes(manifest.objects, entry.sizes, where)
-        return manifest
+    def _whole(self, entry: Entry, hold: str | None) -> Whole:
+        if hold:
+            try:
+                entry = retention.hold(self.folder, entry, hold)
+            except UserError as e:  # someone else's run, readable only; checksums tell if it goes while it is read
+                log.warning("checkpoint %s is read without being held: %s", entry.name, e)
+        try:
+            manifest = self._manifest(entry)
+            return Whole(entry.name, manifest, read_index(self.folder, entry, manifest))
+        except Exception:
+            if hold:
+                retention.release(self.folder, entry.name, hold)
+            raise
 
-    def _index_data(self, entry: Entry, manifest: Manifest) -> bytes:
-        """Verified already here, so that a damaged index is found before other ranks are sent it."""
-        name = f"{entry.name}/{names.INDEX}"
-        data = self.folder.read_small(name, size=entry.sizes[names.INDEX], limit=INDEX_LIMIT)
-        expected = next(record.xxh64 for record in manifest.objects if record.path == names.INDEX)
-        if xxh64(data) != expected:
-            raise CorruptCheckpoint(f"{self.folder.url_of(name)}: its checksum does not match the manifest")
-        return data
+    def _manifest(self, entry: Entry) -> Manifest:
+        manifest = read_manifest(self.folder, entry)
+        if self._config_digest is not None and manifest.config_digest != self._config_digest:
+            difference = (
+                self._explain(manifest.config_digest)
+                if self._explain
+                else f"written by a run of config {manifest.config_digest}, this run's is {self._config_digest}"
+            )
+            raise UserError(
+                f"{self.folder.url_of(entry.name)}: {difference}; continue with that run's config, or take another run "
+                "folder"
+            )
+        return manifest
 
     def _set_aside(self, checkpoint: str, reason: str, on_set_aside: Callable[[str, str], None] | None) -> None:
         """Mark it with an object of its own: object stores cannot rename, and the evidence stays as it is."""
         url = self.folder.url_of(checkpoint)
+        if self._config_digest is None:
+            log.warning("checkpoint %s does not verify and is passed over: %s", url, reason)
+            self._passed_over.add(checkpoint)
+            return
         log.error("checkpoint %s does not verify and is set aside: %s", url, reason)
         mark = {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.folder.write(f"{checkpoint}/{names.SET_ASIDE}", json.dumps(mark, indent=1).encode() + b"\n")
@@ -281,57 +365,22 @@ class CheckpointManager:
             name = f"{entry.name}/{record.path}"
             if self.folder.checksum(name, record.bytes) != record.xxh64:
                 raise CorruptCheckpoint(f"{self.folder.url_of(name)}: its checksum does not match the manifest")
-        parse_index(self._index_data(entry, manifest), manifest, f"{path}/{names.INDEX}")
+        parse_index(read_index(self.folder, entry, manifest), manifest, f"{path}/{names.INDEX}")
 
     def hold(self, path: str, name: str) -> None:
         """Keep a checkpoint from retention, for as long as something called `name` reads it; `release` ends it."""
-        entry = self._entry(path)
-        self.folder.write(f"{entry.name}/{_hold_object(name)}", b"")
+        retention.hold(self.folder, self._entry(path), name)
 
     def release(self, path: str, name: str) -> None:
         entry = self._entry(path)
         if name in entry.holds:
-            self.folder.remove_object(f"{entry.name}/{_hold_object(name)}")
+            retention.release(self.folder, entry.name, name)
 
     def _entry(self, path: str) -> Entry:
         for entry in self.folder.entries():
             if self.folder.url_of(entry.name) == path and entry.committed:
                 return entry
         raise UserError(f"{path}: no committed checkpoint of {self.folder.url}")
-
-    def _retain(self, just_written: str) -> None:
-        """Delete what a newer checkpoint has made needless. The new one is durable, so a failure here is only told."""
-        try:
-            entries = self.folder.entries()
-        except (UserError, CheckpointError) as e:
-            log.warning("old checkpoints were not looked through: %s", e)
-            return
-        committed = [entry for entry in entries if entry.committed]
-        kept = committed[-self._keep_last :]
-        step = next(entry.step for entry in entries if entry.name == just_written)
-        for entry in entries:
-            if entry.holds or entry in kept or entry.name == just_written:
-                continue
-            if entry.set_aside:  # evidence, until every kept checkpoint is newer
-                needless = len(kept) == self._keep_last and entry.step < kept[0].step
-            elif entry.committed:
-                needless = True
-            else:  # an earlier attempt's that never came to its COMMIT; a newer one may be being written
-                needless = entry.step <= step
-            if needless:
-                self._remove("an old checkpoint", entry.name)
-
-    def _remove(self, what: str, checkpoint: str) -> None:
-        try:
-            self.folder.remove(checkpoint)
-        except (UserError, CheckpointError) as e:
-            log.warning("%s could not be removed: %s", what, e)
-
-
-def _hold_object(name: str) -> str:
-    if not names.HOLD_NAME.fullmatch(name):
-        raise UserError(f"hold {name!r}: a name of letters, digits, '_', '.' and '-'")
-    return names.HOLD_PREFIX + name
 
 
 def _check_given(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -346,43 +395,3 @@ def _check_given(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             raise UserError(
                 f"checkpoint: state.{key} does not survive JSON; use lists, and dicts whose keys are strings"
             )
-
-
-def _check_same_tensors(index: Index, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Everything that the run has must be in the checkpoint, in its shape and type, and nothing else."""
-    only_stored, only_run = sorted(set(index.tensors) - set(tensors)), sorted(set(tensors) - set(index.tensors))
-    if only_stored or only_run:
-        raise UserError(
-            f"{where}: the checkpoint has {_some(only_stored)} that this run lacks, this run has {_some(only_run)} "
-            "that the checkpoint lacks; continue with the code and config that wrote it, or take another run folder"
-        )
-    for name, tensor in tensors.items():
-        stored = index.tensors[name]
-        if (stored.dtype, stored.size) != (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)):
-            raise UserError(
-                f"{where}: {name} is {stored.dtype} {list(stored.size)} in the checkpoint and "
-                f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} in this run; continue with the code and config that "
-                "wrote it, or take another run folder"
-            )
-
-
-def _some(tensor_names: "list[str]") -> str:
-    if not tensor_names:
-        return "no tensor"
-    more = f" and {len(tensor_names) - 3} more" if len(tensor_names) > 3 else ""
-    return ", ".join(tensor_names[:3]) + more
-
-
-@contextlib.contextmanager
-def _dcp_errors(ranks: Ranks) -> Iterator[None]:
-    """DCP's own exception is a BaseException that holds one error a rank: raise the same ordinary one on all."""
-    with warnings.catch_warnings():
-        if not ranks.distributed:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as e:
-            own = e.failures.get(ranks.rank)
-            if own and not isinstance(own[0], Exception):  # an interrupt, which DCP has caught as well
-                raise own[0] from None
-            raise error_of_ranks({rank: error for rank, (error, _trace) in e.failures.items()}) from e

@@ -6,7 +6,15 @@ A recipe is a function that returns a `RunConfig`; a variant calls another recip
 """
 
 from trainer.config.data import DataConfig, DatasetConfig
-from trainer.config.run import RunConfig, check_layout, config_digest
+from trainer.config.run import (
+    RunConfig,
+    check_layout,
+    config_digest,
+    differences,
+    differences_in_words,
+    explain_digests,
+    run_digest,
+)
 from trainer.config.section import CODE_ROOT, Section, replace, resolve_url
 from trainer.config.task import (
     AutoencoderConfig,
@@ -47,5 +55,6 @@ __all__ = [
     "FrozenTextConfig", "InitFromConfig", "LPLConfig", "LatentDiffusionConfig", "MMDiTConfig", "MetricsConfig",
     "OptimConfig", "ParadigmConfig", "ParallelConfig", "PhaseConfig", "PhaseLPLConfig", "PixArtConfig",
     "PromptAccuracyConfig", "RateScheduleConfig", "RunConfig", "SamplesConfig", "Section", "SpikeConfig", "TextConfig",
-    "UNetConfig", "check_layout", "config_digest", "replace", "resolve_url",
+    "UNetConfig", "check_layout", "config_digest", "differences", "differences_in_words", "explain_digests", "replace",
+    "resolve_url", "run_digest",
 ]  # fmt: skip

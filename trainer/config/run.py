@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -120,11 +122,70 @@ NO_NUMBERS = {
 
 def config_digest(config: RunConfig) -> str:
     """Changes when the numbers that a run computes may change. Where and how often it reports is left out."""
+    return hashlib.sha256(json.dumps(_numbers(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _numbers(config: RunConfig) -> dict[str, Any]:
+    """What the digest is of."""
     tree = config.model_dump(mode="json", exclude=set(REPORTING))
     for section, fields in NO_NUMBERS.items():
         for field in fields:
             tree[section].pop(field)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    return tree
+
+
+def run_digest(config: RunConfig, datasets: Mapping[str, str]) -> str:
+    """The config's digest and those of the datasets, by their names: what a checkpoint is bound to."""
+    return config_digest(config) + "".join(f"-{name}:{digest}" for name, digest in datasets.items())
+
+
+def explain_digests(there: str, here: str) -> str:
+    """How two of `run_digest` differ, in words."""
+    there_config, _, there_data = there.partition("-")
+    here_config, _, here_data = here.partition("-")
+    if there_config != here_config:
+        return "written by a run of another config, whose numbers differ"
+    return f"trained on other data: {there_data.replace(':', ' is ')} there, {here_data.replace(':', ' is ')} here"
+
+
+SHOWN_DIFFERENCES = 4
+
+
+def differences(there: RunConfig, here: RunConfig) -> list[str]:
+    """Fields in which two configs differ so that their digests do, as `task.model.layout: sd3 there, shared here`."""
+    return list(_differences(_numbers(there), _numbers(here), ""))
+
+
+def differences_in_words(there: RunConfig, here: RunConfig) -> str:
+    """The first few of them, in one line."""
+    found = differences(there, here)
+    more = f"; and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
+    return "; ".join(found[:SHOWN_DIFFERENCES]) + more
+
+
+def _differences(there: Any, here: Any, field: str) -> Iterator[str]:
+    there, here = _by_name(there), _by_name(here)
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        if there.get("kind") != here.get("kind"):
+            keys = {"kind": None}  # what else they have is another section's
+        for key in keys:
+            yield from _differences(there.get(key), here.get(key), f"{field}.{key}" if field else key)
+    elif there != here:
+        yield f"{field}: {_word(there)} there, {_word(here)} here"
+
+
+def _by_name(tree: Any) -> Any:
+    """A list of sections as a mapping: a phase goes by its name, as in an override."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        return {str(item.get("name", i)): item for i, item in enumerate(tree)}
+    return tree
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "set"
+    return "absent" if value is None else json.dumps(value).strip('"')
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:

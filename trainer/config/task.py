@@ -50,6 +50,9 @@ class EncoderConfig(Section):
     """Its token states follow those of the encoder before it, or stand beside them in the channels, as SD3's two CLIPs."""
     dropout: Probability = 0.0
     """Share of samples for which this encoder alone is given the null caption, beside `caption_dropout`."""
+    padding: Literal["masked", "seen"] = "masked"
+    """Whether tokens behind a caption's end are hidden, from the encoder and the denoiser; or seen by both, as Stable
+    Diffusion 3 was trained."""
     null: Literal["empty", "zeros"] = "empty"
     """What a dropped caption is to this encoder: the empty caption, or zeros."""
 
@@ -245,8 +248,8 @@ class ParadigmConfig(Section):
     kind: Literal["ddpm_eps", "ddpm_v", "flow"]
     timestep_density: Literal["uniform", "mode", "logit_normal", "cosmap"] | None = None
     """Absent: the paradigm's own, uniform for DDPM and mode sampling for flow. mode and cosmap are for flow."""
-    mode_scale: float = 1.29
-    """s of mode sampling (Esser et al. 2024, eq. 20)."""
+    mode_scale: Annotated[float, Field(ge=-1.0, le=1.7519)] = 1.29
+    """s of mode sampling (Esser et al. 2024, eq. 20); up to 2/(pi - 2), where times stay in order."""
     logit_mean: float = 0.0
     """m of logit-normal sampling (Esser et al. 2024, eq. 19): negative favours low noise."""
     logit_std: PositiveFloat = 1.0

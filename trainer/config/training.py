@@ -75,7 +75,7 @@ class SpikeConfig(Section):
     sigma: PositiveFloat = 6.0
     """A step beyond the mean by more standard deviations than this is skipped, and counted."""
     window_steps: Annotated[int, Field(ge=8)] = 128
-    """Steps that mean and deviation are taken over; until there are so many, nothing is a spike."""
+    """Steps that mean and deviation are taken over; until a phase has so many, nothing is a spike."""
     roll_back_after: PositiveInt = 16
     """Skipped steps within a window after which the run goes back to its last checkpoint and passes over the data since."""
     max_roll_backs: NonNegativeInt = 3
@@ -83,9 +83,9 @@ class SpikeConfig(Section):
 
 
 class OptimConfig(Section):
-    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    """adamw_8bit: moments in 8 bits, by torchao. muon: matrices by Muon (Jordan et al. 2024; torch.optim.Muon with
-    AdamW's update size), all else by AdamW."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices by Muon (Jordan et al. 2024; torch.optim.Muon with AdamW's update size), all else by AdamW. Its
+    orthogonalisation computes in bf16, so layouts over ranks agree to about 1e-3 only, and the host waits once a step."""
     implementation: Literal["fused", "foreach"] = "fused"
     """Of AdamW. foreach makes the host wait for the device once a step."""
     betas: tuple[Probability, Probability] = (0.9, 0.95)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from tests.tiny import tiny
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.records import commit_for
+from trainer.config import differences, explain_digests, run_digest
 from trainer.errors import UserError
+from trainer.run_folder import RunFolder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -231,6 +235,38 @@ def test_another_config_is_refused_with_both_digests(tmp_path: Path) -> None:
     assert "d2" in message
 
 
+def test_another_config_is_named_in_words_where_they_are_known(tmp_path: Path) -> None:
+    config, data = tiny(), {"emoji": "d1"}
+    path = save(manager(tmp_path, config_digest=run_digest(config, data)), 1)
+    for here, words in (
+        (run_digest(config, {"emoji": "d2"}), f"{path}: trained on other data: emoji is d1 there, emoji is d2 here"),
+        (run_digest(tiny("seed=3"), data), f"{path}: written by a run of another config, whose numbers differ"),
+    ):
+        other = manager(tmp_path, config_digest=here, explain=partial(explain_digests, here=here))
+        message = refused(other, zeros(), path)
+        assert message.startswith(words)
+        assert message.endswith("continue with that run's config, or take another run folder")
+
+
+def test_fields_that_differ_are_named(tmp_path: Path) -> None:
+    there = tiny()
+    assert differences(there, tiny("checkpoint.every_steps=7", "metrics.every_steps=3", "data.num_workers=0")) == []
+    assert differences(there, tiny("phases.low_resolution.steps=9", "optim.betas=[0.9, 0.98]")) == [
+        "phases.low_resolution.steps: 8 there, 9 here",
+        "optim.betas: [0.9, 0.99] there, [0.9, 0.98] here",
+    ]
+    assert differences(there, tiny("phases.perceptual.lpl=null", "task.text={kind: classes, num_classes: 2}")) == [
+        "task.text.kind: bytes there, classes here",  # whose other fields are not comparable
+        "phases.perceptual.lpl: set there, absent here",
+    ]
+    folder = RunFolder(str(tmp_path))
+    folder.claim(there)
+    with pytest.raises(
+        UserError, match=r"another config \(seed: 0 there, 1 here; task\.model\.num_blocks: 2 there, 3 here\); continue"
+    ):
+        folder.check(tiny("task.model.num_blocks=3", "seed=1"))
+
+
 def test_without_a_digest_any_config_is_read_and_none_written(tmp_path: Path) -> None:
     save(manager(tmp_path), 1)
     reader = manager(tmp_path, config_digest=None)
@@ -351,7 +387,7 @@ def test_failed_save_raises_and_leaves_nothing(suffix: str, code: int, kind: typ
 CRASH = """
 import os, sys
 import torch
-from tests.unit.trainer.test_checkpoint_manager import manager, save
+from tests.unit.trainer.test_checkpoint_manager import manager, save, tensors
 from fsspec.implementations.local import LocalFileSystem
 
 class Killing(LocalFileSystem):
@@ -365,15 +401,23 @@ class Killing(LocalFileSystem):
 m = manager(sys.argv[1])
 save(m, 1)
 m.folder.fs = Killing()
+if sys.argv[3] == "background":
+    m.begin_save(tensors(2), step=2, images_seen=8, state={"step": 2})
+    m.finish()
 save(m, 2)
 """
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", "manifest.json", "COMMIT"])
-def test_a_kill_at_any_stage_leaves_the_last_checkpoint(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "where"),
+    [(".safetensors", "here"), ("manifest.json", "here"), ("COMMIT", "here"), ("COMMIT", "background")],
+)
+def test_a_kill_at_any_stage_leaves_the_last_checkpoint(suffix: str, where: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CRASH, tmp_path, suffix], cwd=root, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, tmp_path, suffix, where], cwd=root, env=environment, check=False
+    )
     assert done.returncode == 9
     [half] = tmp_path.glob("step-00000002-*")
     m = manager(tmp_path)

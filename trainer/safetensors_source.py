@@ -1,0 +1,111 @@
+"""Weights in safetensors at a path or any fsspec URL: one file, or a folder as diffusers writes it. Nothing is unpickled."""
+
+import json
+import posixpath
+from typing import Any
+
+import safetensors.torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+from torch import Tensor
+
+from trainer.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+"""Of a model in several files: which tensor is in which."""
+CONFIG = "config.json"
+PIPELINE = "model_index.json"
+JSON_LIMIT = 64 << 20
+"""Largest config or index that is read, in bytes."""
+
+
+class SafetensorsSource:
+    """
+    Raises (all methods):
+        UserError: missing, unreadable, damaged, or not what diffusers writes; the message names the file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._fs, self._root = _open(self.url)
+        self._is_file = self.url.endswith(".safetensors")
+        config = None if self._is_file else self._json(CONFIG)
+        self.class_name = str((config or {}).get("_class_name", ""))
+        """The class that wrote the folder; empty where nothing says it."""
+
+    @staticmethod
+    def is_one(url: str) -> bool:
+        """Whether safetensors are there, not a run or its checkpoint."""
+        fs, root = _open(url)
+        try:
+            if url.endswith(".safetensors") or any(fs.exists(f"{root}/{name}") for name in (WEIGHTS, INDEX)):
+                return True
+            if fs.exists(f"{root}/{PIPELINE}"):
+                raise UserError(f"init_from.url: {url} is a whole pipeline; give the folder of one model in it, as "
+                                f"{url}/transformer or {url}/unet")  # fmt: skip
+        except OSError as e:
+            raise UserError(f"init_from.url: {url}: cannot be read ({_one_line(e)})") from None
+        return False
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, by their names in the files. Local files are mapped, not read."""
+        if self._is_file:
+            return self._tensors(self._root)
+        index = self._json(INDEX)
+        if index is None:
+            return self._tensors(f"{self._root}/{WEIGHTS}")
+        placed = index.get("weight_map")
+        if not isinstance(placed, dict) or not all(_is_plain(file) for file in placed.values()):
+            raise UserError(f"{self.url}/{INDEX}: weight_map does not name files of this folder; it is damaged")
+        state: dict[str, Tensor] = {}
+        for file in sorted(set(placed.values())):
+            state |= self._tensors(f"{self._root}/{file}")
+        lost = sorted(set(placed) - set(state))
+        if lost:
+            raise UserError(f"{self.url}/{INDEX}: lists {lost[0]} ({len(lost)} such) that no file has; copy it again")
+        return state
+
+    def _tensors(self, path: str) -> dict[str, Tensor]:
+        try:
+            if isinstance(self._fs, LocalFileSystem):
+                return safetensors.torch.load_file(path)
+            return safetensors.torch.load(bytes(self._fs.cat_file(path)))
+        except SafetensorError as e:
+            raise UserError(f"{path}: not a whole safetensors file ({_one_line(e)}); copy it again") from None
+        except OSError as e:
+            raise UserError(f"init_from.url: {path}: cannot be read ({_one_line(e)})") from None
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = f"{self._root}/{name}"
+        try:
+            if not self._fs.exists(path):
+                return None
+            size = self._fs.size(path)
+            if size is None or size > JSON_LIMIT:
+                raise UserError(f"{path}: {size} bytes, more than {JSON_LIMIT}; it is not what diffusers writes")
+            tree = json.loads(self._fs.cat_file(path))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+            raise UserError(f"{path}: not JSON ({_one_line(e)})") from None
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({_one_line(e)})") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: not a JSON object; it is not what diffusers writes")
+        return tree
+
+
+def _open(url: str) -> tuple[Any, str]:
+    try:
+        fs, root = url_to_fs(url)
+    except (ValueError, ImportError) as e:
+        raise UserError(f"init_from.url: {url} cannot be opened ({_one_line(e)})") from None
+    return fs, root.rstrip("/")
+
+
+def _is_plain(file: object) -> bool:
+    return isinstance(file, str) and file == posixpath.basename(file) and file.endswith(".safetensors")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
