@@ -4,7 +4,9 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from data.plan import SampleRef
 from data.reader import Dataset, open_dataset
 from trainer import metric_names
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config import RunConfig, check_layout, config_digest, resolve_url
+from trainer.config import RunConfig, check_layout, explain_digests, resolve_url, run_digest
 from trainer.errors import ExitCode
 from trainer.evaluate.prompt_accuracy import encode_dataset, prompt_accuracy
 from trainer.evaluate.sampling import sample_prompts
@@ -31,10 +33,14 @@ from trainer.tasks.autoencoder import AutoencoderTask
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.trainer import Actions, Trainer
 
+SAVE_TIMEOUT = timedelta(hours=2)
+"""Longest that ranks wait for one another's part of a save in the background."""
+
 
 def run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> ExitCode:
     """Train until done or stopped. After an error the process groups are left as they are: other ranks may never answer."""
-    code = Run(config, folder, init_world(num_threads=config.parallel.num_threads), stop).train()
+    world = init_world(num_threads=config.parallel.num_threads, replicas=config.parallel.replicas)
+    code = Run(config, folder, world, stop).train()
     dist.destroy_process_group()
     return code
 
@@ -59,11 +65,11 @@ class Run:
         for warning in self.task.check():
             if world.is_main:
                 print(f"WARNING: {warning}", flush=True)
-        parallelize(self.task.module, self.task.sharding_units(), world)
+        parallelize(self.task.module, self.task.sharding_units(), world, config.parallel)
         self.exporter = self._serve_metrics()
         self.planner = StepPlanner(config, {name: d.shard_sizes for name, d in self.datasets.items()})
         self.records = folder.metrics_writer(self.attempt) if world.is_main else None
-        digest = config_digest(config) + "".join(f"-{name}:{d.digest}" for name, d in self.datasets.items())
+        digest = run_digest(config, {name: d.digest for name, d in self.datasets.items()})
         self.trainer = Trainer(
             config,
             self.task,
@@ -75,12 +81,22 @@ class Run:
                 config_digest=digest,
                 code_version=version("loupe"),
                 process_group=world.host_group,
+                background_group=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT),
+                explain=lambda found: explain_digests(found, digest),
             ),
             self.exporter,
             self.records,
             stop,
-            Actions(self._on_interval, config.samples.every_steps) if config.samples else Actions(),
+            Actions(
+                self._on_interval if config.samples else None,
+                config.samples.every_steps if config.samples else 0,
+                self._write_init_report,
+            ),
         )
+
+    def _write_init_report(self, report: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.folder.write_json("init_report.json", report)
 
     def _register(self) -> int:
         return self.folder.start_attempt(
@@ -109,11 +125,11 @@ class Run:
             print(f"metrics of rank 0 on http://{targets[0]}/metrics", flush=True)
         return exporter
 
-    def _make_loader(self, substitutions: Mapping[SampleRef, SampleRef]) -> Loader:
+    def _make_loader(self, planner: StepPlanner, substitutions: Mapping[SampleRef, SampleRef]) -> Loader:
         data = self.config.data
         return Loader(
             self.datasets,
-            RankRequests(self.planner, self.world.rank, self.world.size),
+            RankRequests(planner, self.world.rank, self.world.size),
             seed=self.config.seed,
             random_crop=data.random_crop,
             flip_probability=data.flip_probability,

@@ -1,16 +1,18 @@
 """What a checkpoint holds as tensors: model, average, optimizer, by name."""
 
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from trainer import optim
 from trainer.ema import EMA
+from trainer.optim import Optimizer
+from trainer.spikes import SpikeGuard
 
 
-def tensors(module: nn.Module, ema: EMA, optimizer: AdamW) -> dict[str, Tensor]:
-    """The run's own tensors, to be written or read into in place: `model.*`, `ema.*`, `optim.*`."""
+def tensors(module: nn.Module, ema: EMA, optimizer: Optimizer, spikes: SpikeGuard | None = None) -> dict[str, Tensor]:
+    """The run's own tensors, to be written or read into in place: `model.*`, `ema.*`, `optim.*`, `spikes.*`."""
     return {
         **{f"model.{name}": tensor for name, tensor in module.state_dict().items()},
         **{f"ema.{name}": tensor for name, tensor in ema.average.items()},
         **{f"optim.{name}": tensor for name, tensor in optim.state_tensors(module, optimizer).items()},
+        **{f"spikes.{name}": tensor for name, tensor in (spikes.state_tensors() if spikes else {}).items()},
     }

@@ -1,11 +1,10 @@
 """The training loop. It knows *when*: accumulation, clipping, the finite check, periodic actions, stopping.
 A task knows *what* a step is."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,42 +14,23 @@ from torch import Tensor
 from data.loader import Batch, Loader
 from data.plan import SampleRef
 from trainer import metric_names, optim, train_state
+from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config import RunConfig
+from trainer.config import InitFromConfig, RunConfig
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
-from trainer.metrics import Exporter, LossMeter, Stopwatch, peak_memory_bytes
+from trainer.metrics import Exporter, Stopwatch
 from trainer.parallel.agreement import Agreement
-from trainer.parallel.apply import reshard, set_gradient_sync
+from trainer.parallel.apply import begin_micro_batch, reshard
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
+from trainer.progress import Progress
+from trainer.reports import Reports
 from trainer.run_folder import JsonlWriter
+from trainer.spikes import SpikeGuard
 from trainer.step_plan import StepPlan, StepPlanner
 from trainer.tasks.base import Task
-
-
-@dataclass
-class Progress:
-    """What a run has become, beside its tensors. Saved in the checkpoint; the same on every rank."""
-
-    step: int = 0
-    """Steps done: the next one to do."""
-    images: int = 0
-    steps_skipped: int = 0
-    skipped_in_a_row: int = 0
-    train_seconds: float = 0.0
-    """Time in training steps, over all attempts; saving and sampling are not counted."""
-    substitutions: dict[SampleRef, SampleRef] = field(default_factory=dict)
-    """Unreadable samples and what stands in for them, so that a resume trains on the very same images."""
-
-    def to_json(self) -> dict[str, Any]:
-        pairs = [[bad.dataset, bad.index, used.dataset, used.index] for bad, used in self.substitutions.items()]
-        return {**self.__dict__, "substitutions": pairs}
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> "Progress":
-        pairs = {SampleRef(a, i): SampleRef(b, j) for a, i, b, j in tree["substitutions"]}
-        return cls(**{**tree, "substitutions": pairs})
+from trainer.warm_start import warm_start
 
 
 @dataclass
@@ -59,6 +39,21 @@ class Actions:
 
     on_sample: Callable[[int], None] | None = None
     sample_every: int = 0
+    on_warm_start: Callable[[dict[str, Any]], None] | None = None
+    """Given the report of what was loaded, once in a run, before its first step."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the device has decided about a step; read by the host one step late."""
+
+    step: int
+    skip: Tensor
+    spike: Tensor
+    recent_spikes: Tensor
+    gradient_norm: Tensor
+    keys: list[str]
+    loss_B: Tensor
 
 
 class Trainer:
@@ -68,25 +63,23 @@ class Trainer:
     ) -> None:  # fmt: skip
         """`task.module` is sharded already. `records`: where rank 0 writes a line an interval; None on other ranks."""
         self.config, self.task, self.world, self.planner = config, task, world, planner
-        self.checkpoints, self.exporter, self.records, self.stop, self.actions = (
-            checkpoints, exporter, records, stop, actions,
-        )  # fmt: skip
+        self.checkpoints, self.exporter, self.stop, self.actions = checkpoints, exporter, stop, actions
         self.optimizer = optim.build_optimizer(task.module, config.optim)
-        self.ema = EMA(task.module)
+        self.ema = EMA(task.module, offload=config.ema.offload)
+        self.spikes = SpikeGuard(config.optim.spikes, world.device) if config.optim.spikes else None
+        self.update_ratio = optim.UpdateRatio(task.module)
         self.progress = Progress()
-        self.losses = LossMeter(world.device)
         self.total_steps = planner.schedule.total_steps
-        self._pending: tuple[int, Tensor, Tensor, list[str], dict[str, Tensor]] | None = None
+        self.reports = Reports(world, exporter, records, self.total_steps)
+        self._pending: Verdict | None = None
+        self._roll_back_due = False
         self._gradient_norm = float("nan")
-        self._interval_images = 0
-        self._interval_seconds = 0.0
         self._new_substitutions: dict[SampleRef, tuple[SampleRef, str]] = {}
-        self._cuts_seen = 0
         self._saved_step = -1
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
-    def fit(self, make_loader: Callable[[Mapping[SampleRef, SampleRef]], Loader]) -> ExitCode:
+    def fit(self, make_loader: Callable[[StepPlanner, Mapping[SampleRef, SampleRef]], Loader]) -> ExitCode:
         """Train to the end of the schedule, from the newest checkpoint if there is one.
 
         Returns DONE, or REQUEUE once everything is saved after a request to stop.
@@ -94,39 +87,57 @@ class Trainer:
         Raises:
             UserError: what only a person can mend: bad data beyond the limit, losses that stay non-finite.
         """
-        self._restore()
+        if not self._restore() and self.config.init_from:
+            self._warm_start(self.config.init_from)
         if self.progress.step >= self.total_steps:
             return ExitCode.DONE
         self.task.module.train()
         agreement = Agreement(self.world.host_group)
-        loader = make_loader(self.progress.substitutions)
-        watch = Stopwatch()
-        first, code = self.progress.step, ExitCode.DONE
-        try:
-            for batch in loader.steps(first, self.total_steps):
-                waited = watch.lap()
-                if batch.step == first:
-                    waited = 0.0  # for workers to start, not for data
-                plan = self.planner.plan(batch.step)
-                self._train_step(batch, plan)
-                if self._report_is_due(plan):
-                    self._resolve_pending()  # the wait for the device belongs to the steps, not to the report
-                self._count(batch, plan, waited, watch.lap())
-                self._run_due_actions(plan)
-                stopping = agreement.poll(self.stop.received is not None)
-                if stopping and self.progress.step < self.total_steps:
-                    self._print(
-                        f"stopping at step {self.progress.step} as asked ({self.stop.received or 'another rank'})"
-                    )
-                    self._report(plan)
-                    self._save()
-                    code = ExitCode.REQUEUE
-                    break
-                watch.lap()
-        finally:
-            loader.close()
+        while True:
+            loader = make_loader(self.planner, self.progress.substitutions)
+            try:
+                code = self._train(loader, agreement)
+            except BaseException:
+                self.checkpoints.settle(timeout_s=30)
+                raise
+            finally:
+                loader.close()
+            if code is not None:
+                break
+            self._roll_back()
         agreement.close()  # not after an error: other ranks may never take part
         return code
+
+    def _train(self, loader: Loader, agreement: Agreement) -> ExitCode | None:
+        """Steps to the end of the schedule or to a request to stop; None where the run is to be rolled back."""
+        watch = Stopwatch()
+        first = self.progress.step
+        for batch in loader.steps(first, self.total_steps):
+            waited = watch.lap()
+            if batch.step == first:
+                waited = 0.0  # for workers to start, not for data
+            plan = self.planner.plan(batch.step)
+            self._train_step(batch, plan)
+            if self._report_is_due(plan):
+                self._resolve_pending()  # the wait for the device belongs to the steps, not to the report
+            self._count(batch, plan, waited, watch.lap())
+            if self._roll_back_due:
+                return None
+            self._run_due_actions(plan)
+            self._note_saved()
+            agreed = agreement.poll(stop=self.stop.received is not None, save_failed=self.checkpoints.failed)
+            if "stop" in agreed and self.progress.step < self.total_steps:
+                self.reports.print(
+                    f"stopping at step {self.progress.step} as asked ({self.stop.received or 'another rank'})"
+                )
+                self._report(plan)
+                self._save(wait=True)
+                return ExitCode.REQUEUE
+            if "save_failed" in agreed:
+                self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
+                self.checkpoints.finish()  # raises what went wrong, on all ranks at this step
+            watch.lap()
+        return ExitCode.DONE
 
     def _train_step(self, batch: Batch, plan: StepPlan) -> None:
         """Accumulate, clip, check, update. Everything stays on the device."""
@@ -134,39 +145,60 @@ class Trainer:
         micro_batches = split(batch, config.parallel.micro_batch_size)
         terms: list[dict[str, Tensor]] = []
         for i, micro in enumerate(micro_batches):
-            set_gradient_sync(module, i == len(micro_batches) - 1)
+            last = i == len(micro_batches) - 1
+            begin_micro_batch(module, last=last, keep_gathered=config.parallel.keep_gathered)
             terms.append(self.task.forward_backward(micro, plan, scale=1.0 / len(batch.captions)))
         terms_B = {name: torch.cat([t[name] for t in terms]) for name in terms[0]}
         norm = optim.clip_gradients(module, config.optim.max_grad_norm)
-        skip = (~(norm.isfinite() & terms_B["loss"].isfinite().all())).float()
-        dist.all_reduce(skip, dist.ReduceOp.MAX)  # a loss may be non-finite on one rank and its gradient finite
-        optim.step(self.optimizer, plan.learning_rate, skip)
+        if self.spikes and plan.begins_phase:
+            self.spikes.begin_phase()
+        skip, spike, loss = self._judge(terms_B["loss"], norm)
+        self.ema.wait_for_copy()
+        with self.update_ratio.measured(self._report_is_due(plan)):
+            optim.step(self.optimizer, plan.learning_rate, skip)
         warm = plan.step >= config.ema.start_step
         self.ema.update(plan.phase.ema_decay if warm else 0.0, skip)
-        self.losses.add(terms_B, skip)
+        self.reports.add(terms_B, skip)
+        recent = self.spikes.record(plan.step, loss, norm, spike, skip) if self.spikes else spike
         self._resolve_pending()
-        self._pending = (plan.step, skip, norm, batch.keys, terms_B)
+        self._pending = Verdict(plan.step, skip, spike, recent, norm, batch.keys, terms_B["loss"])
+
+    def _judge(self, loss_B: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(skip, spike, loss): 1.0 on every rank where the step must not count, and the global batch's mean loss."""
+        unfit = ~(
+            norm.isfinite() & loss_B.isfinite().all()
+        )  # a loss may be non-finite on one rank, its gradient finite
+        sums = torch.stack([unfit.double(), loss_B.double().sum()])
+        dist.all_reduce(sums)
+        loss = sums[1] / (loss_B.numel() * self.world.size)
+        spike = self.spikes.judge(loss, norm) if self.spikes else torch.zeros_like(norm)
+        return ((sums[0] > 0) | (spike > 0)).float(), spike, loss
 
     def _resolve_pending(self) -> None:
-        """Read the flag of the step before, one step late, so the host never waits for the step it has just queued."""
+        """Read the flags of the step before, one step late, so the host never waits for the step it has just queued."""
         if self._pending is None:
             return
-        step, skip, norm, keys, terms_B = self._pending
-        self._pending = None
-        self._gradient_norm = norm.item()
-        if not skip.item():
+        verdict, self._pending = self._pending, None
+        self._gradient_norm = verdict.gradient_norm.item()
+        if not verdict.skip.item():
             self.progress.skipped_in_a_row = 0
             return
         self.progress.steps_skipped += 1
         self.progress.skipped_in_a_row += 1
+        if verdict.spike.item():
+            self._on_spike(verdict)
+        else:
+            self._on_non_finite(verdict)
+
+    def _on_non_finite(self, verdict: Verdict) -> None:
         self.exporter.of(metric_names.STEPS_SKIPPED, "non_finite").inc()
-        finite_B = terms_B["loss"].isfinite().tolist()
-        bad = [key for key, finite in zip(keys, finite_B, strict=True) if not finite]
+        finite_B = verdict.loss_B.isfinite().tolist()
+        bad = [key for key, finite in zip(verdict.keys, finite_B, strict=True) if not finite]
         bad = [key for part in self.world.gather(bad) for key in part]
         images = (
             f"images {', '.join(bad[:8])}{' ...' if len(bad) > 8 else ''}" if bad else "the gradient, not one image"
         )
-        self._print(f"step {step} skipped: non-finite loss or gradient ({images})")
+        self.reports.print(f"step {verdict.step} skipped: non-finite loss or gradient ({images})")
         limit = self.config.optim.max_skipped_in_a_row
         if self.progress.skipped_in_a_row >= limit:
             raise UserError(
@@ -174,24 +206,58 @@ class Trainer:
                 "images, or begin a new run with a lower learning_rate; the newest checkpoint is from before"
             )
 
+    def _on_spike(self, verdict: Verdict) -> None:
+        spikes = self.config.optim.spikes
+        assert spikes is not None
+        self.exporter.of(metric_names.STEPS_SKIPPED, "spike").inc()
+        recent = int(verdict.recent_spikes.item())
+        self.reports.print(
+            f"step {verdict.step} skipped: loss or gradient norm ({self._gradient_norm:.3g}) beyond {spikes.sigma:g} "
+            f"deviations of the steps before; {recent} such in the last {spikes.window_steps}"
+        )
+        self._roll_back_due = recent >= spikes.roll_back_after
+
+    def _roll_back(self) -> None:
+        """To the newest checkpoint, and on from there with the images that come after those seen since."""
+        spikes, before = self.config.optim.spikes, self.progress
+        assert spikes is not None
+        assert self.spikes is not None
+        self._roll_back_due = False
+        self._resolve_pending()
+        if before.roll_backs >= spikes.max_roll_backs:
+            raise UserError(
+                f"optim.spikes.max_roll_backs: {before.roll_backs} roll backs did not help, losses leave their range again "
+                f"at step {before.step}; look at the data, or begin a new run with a lower learning_rate"
+            )
+        last = self.planner.plan(before.step - 1)
+        end = last.position + last.phase.batch_size
+        self._await_earlier_save()
+        if not self._restore():
+            self.reports.print("too many spikes, and no checkpoint yet to go back to: going on")
+        else:
+            passed = end - self.planner.plan(self.progress.step).position
+            self.progress.passed_over.append((self.progress.step, passed))
+            self.progress.roll_backs = before.roll_backs + 1
+            self.progress.steps_skipped = before.steps_skipped
+            self.progress.train_seconds = before.train_seconds
+            self.exporter.of(metric_names.ROLL_BACKS).inc()
+            self.reports.print(
+                f"rolled back from step {before.step} to {self.progress.step}, passing over {passed} images"
+            )
+            self.planner = self.planner.passing_over(self.progress.passed_over)
+        self.spikes.forget_spikes()
+        self.reports.forget()
+
     # ---------------------------------------------------------------------------------------------- counting, reporting
 
     def _count(self, batch: Batch, plan: StepPlan, waited: float, computed: float) -> None:
         progress, phase = self.progress, plan.phase
         progress.step = plan.step + 1
-        progress.images = plan.position + phase.batch_size
+        progress.images += phase.batch_size
         progress.train_seconds += waited + computed
-        self._interval_images += phase.batch_size
-        self._interval_seconds += waited + computed
         for s in batch.substitutions:
             self._new_substitutions[s.bad] = (s.used, s.reason)
-        of = self.exporter.of
-        of(metric_names.STEP).set(progress.step)
-        of(metric_names.IMAGES).inc(phase.batch_size)
-        of(metric_names.LAST_STEP).set_to_current_time()
-        if self.world.is_main:
-            of(metric_names.STEP_SECONDS, "data").observe(waited)
-            of(metric_names.STEP_SECONDS, "total").observe(waited + computed)
+        self.reports.count(progress.step, phase.batch_size, waited, computed)
 
     def _run_due_actions(self, plan: StepPlan) -> None:
         """Metrics, checkpoint, samples: in this order, so that a line about a step is there before the step is durable."""
@@ -200,7 +266,7 @@ class Trainer:
         if self._report_is_due(plan):
             self._report(plan)
         if last or done % config.checkpoint.every_steps == 0:
-            self._save()
+            self._save(wait=last or not config.checkpoint.asynchronous)
         if self.actions.on_sample and done % self.actions.sample_every == 0 and not last:
             with self.averaged():
                 self.actions.on_sample(done)
@@ -223,41 +289,10 @@ class Trainer:
     def _report(self, plan: StepPlan) -> None:
         self._resolve_pending()
         self._share_substitutions()
-        losses = self.losses.take()
-        if not self._interval_images:  # reported at this very step already
-            return
-        speed = self._interval_images / self._interval_seconds if self._interval_seconds else 0.0
-        self._interval_images, self._interval_seconds = 0, 0.0
-        of = self.exporter.of
-        for term, value in losses.items():
-            of(metric_names.LOSS, term).set(value)
-        of(metric_names.GRADIENT_NORM).set(self._gradient_norm)
-        of(metric_names.LEARNING_RATE).set(plan.learning_rate)
-        of(metric_names.IMAGES_PER_SECOND).set(speed)
-        of(metric_names.PEAK_MEMORY).set(peak_memory_bytes(self.world.device))
-        self.exporter.clear(metric_names.PHASE)
-        of(metric_names.PHASE, plan.phase.name).set(plan.phase_index)
-        of(metric_names.CAPTIONS_CUT).inc(self.task.captions_cut - self._cuts_seen)
-        self._cuts_seen = self.task.captions_cut
-        if self.records is None or not losses:
-            return
-        self.records.write(
-            {
-                "time": time.time(),
-                "step": self.progress.step,
-                "total_steps": self.total_steps,
-                "phase": plan.phase.name,
-                "images": self.progress.images,
-                "images_per_s": speed,
-                "learning_rate": plan.learning_rate,
-                "gradient_norm": self._gradient_norm if math.isfinite(self._gradient_norm) else None,
-                "steps_skipped": self.progress.steps_skipped,
-                "peak_memory_bytes": peak_memory_bytes(self.world.device),
-                "loss": losses,
-            }
-        )
-        text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items() if not name.startswith("lpl_"))
-        self._print(f"step {self.progress.step}/{self.total_steps}  {plan.phase.name}  {text}  {speed:.1f} images/s")
+        self.reports.tell(
+            plan, self.progress, gradient_norm=self._gradient_norm, update_ratio=self.update_ratio.take(),
+            captions_cut=self.task.captions_cut,
+        )  # fmt: skip
 
     def _share_substitutions(self) -> None:
         """All ranks learn which samples were replaced, count them, and stop together when they are too many."""
@@ -267,7 +302,9 @@ class Trainer:
             if bad not in self.progress.substitutions:
                 self.progress.substitutions[bad] = used
                 self.exporter.of(metric_names.BAD_SAMPLES, reason).inc()
-                self._print(f"sample {bad.index} of {bad.dataset} is unreadable ({reason}): replaced by {used.index}")
+                self.reports.print(
+                    f"sample {bad.index} of {bad.dataset} is unreadable ({reason}): replaced by {used.index}"
+                )
         limit = self.config.data.max_bad_samples
         if len(self.progress.substitutions) > limit:
             raise UserError(
@@ -275,23 +312,23 @@ class Trainer:
                 "check the dataset with `loupe data verify`, or raise the limit"
             )
 
-    def _print(self, text: str) -> None:
-        if self.world.is_main:
-            print(text, flush=True)
-
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
+        """Until everything has been copied and may change, or, with `wait`, until the checkpoint is committed."""
+        started = time.perf_counter()
+        if wait:
+            self._await_earlier_save()
         if self._saved_step == self.progress.step:
             return
-        started = time.perf_counter()
         self._resolve_pending()
+        if self._roll_back_due and not wait:
+            return  # what is to be left behind is not where to go back to
         self._share_substitutions()
-        if self.records:
-            self.records.flush()  # what is recorded of a step must be there when the step is durable
+        self.reports.flush()
         try:
-            self.checkpoints.save(
-                train_state.tensors(self.task.module, self.ema, self.optimizer),
+            (self.checkpoints.save if wait else self.checkpoints.begin_save)(
+                train_state.tensors(self.task.module, self.ema, self.optimizer, self.spikes),
                 step=self.progress.step,
                 images_seen=self.progress.images,
                 state=self.progress.to_json(),
@@ -300,23 +337,54 @@ class Trainer:
             self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
             raise
         self._saved_step = self.progress.step
-        self.exporter.of(metric_names.CHECKPOINT_LAST).set_to_current_time()
+        if wait:
+            self.exporter.of(metric_names.CHECKPOINT_LAST).set_to_current_time()
         if self.world.is_main:
             self.exporter.of(metric_names.CHECKPOINT_SECONDS).observe(time.perf_counter() - started)
 
-    def _restore(self) -> None:
+    def _await_earlier_save(self) -> None:
+        """Before the last save. That one is worth a trial even where the one before has failed."""
+        try:
+            self.checkpoints.finish()
+        except (UserError, CheckpointError) as e:
+            self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
+            self.reports.print(
+                f"WARNING: the save of step {self._saved_step} failed ({e}); saving step {self.progress.step}"
+            )
+            self._saved_step = -1
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        saved = self.checkpoints.poll()
+        if saved:
+            self.exporter.of(metric_names.CHECKPOINT_LAST).set(saved.time)
+
+    def _restore(self) -> bool:
+        """From the newest checkpoint; False where there is none."""
         restored = self.checkpoints.restore(
-            train_state.tensors(self.task.module, self.ema, self.optimizer), on_set_aside=self._on_set_aside
+            train_state.tensors(self.task.module, self.ema, self.optimizer, self.spikes),
+            on_set_aside=self._on_set_aside,
         )
         if restored is None:
-            return
+            return False
         self.progress = Progress.from_json(restored.state)
+        self.planner = self.planner.passing_over(self.progress.passed_over)
         self._saved_step = self.progress.step
-        self._print(f"resumed from {restored.path}: step {self.progress.step} of {self.total_steps}")
+        self.reports.print(f"resumed from {restored.path}: step {self.progress.step} of {self.total_steps}")
+        return True
+
+    def _warm_start(self, config: InitFromConfig) -> None:
+        report = warm_start(self.task.module, self.ema, config, self.world)
+        self.progress.init_from = report.source
+        self.reports.print("\n".join(report.lines()))
+        if self.actions.on_warm_start:
+            self.actions.on_warm_start(report.to_json())
 
     def _on_set_aside(self, path: str, reason: str) -> None:
         self.exporter.of(metric_names.CHECKPOINT_FAILURES, "restore").inc()
-        self._print(f"WARNING: checkpoint {path} does not verify and is set aside ({reason}); trying the one before")
+        self.reports.print(
+            f"WARNING: checkpoint {path} does not verify and is set aside ({reason}); trying the one before"
+        )
 
 
 def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:

@@ -22,7 +22,7 @@ VARIANTS = {
 RATE = 1e-2
 
 
-def module_of() -> nn.Module:
+def module_of() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 2), nn.Flatten())
 
@@ -47,8 +47,9 @@ def train(world: World) -> dict[str, Any]:
             after = [full(p.detach()).clone() for p in module.parameters()]
             if skip:
                 out[f"{name}_kept"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        moved = sum((a - b).square().sum() for a, b in zip(after, before, strict=True))
-        out[f"{name}_ratio"] = (ratio.take(), (moved / sum(b.square().sum() for b in before)).sqrt().item())
+        moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+        whole = torch.cat([b.flatten() for b in before])
+        out[f"{name}_ratio"] = (ratio.take(), (moved.norm() / whole.norm()).item())
         out[name] = after
         out[f"{name}_state"] = sorted(optim.state_tensors(module, optimizer))
     return out

@@ -96,6 +96,9 @@ def test_three_steps_with_widths_cut(name, trained) -> None:
     values = torch.tensor([[step["loss"], step["denoising"]] for step in losses])
     assert values.isfinite().all()
     assert (values > 0).all()
-    last = load(name).phases[-1]
+    recipe = load(name)
+    last = recipe.phases[-1]
+    report = root / "runs" / name / "init_report.json"
+    assert report.exists() == (recipe.init_from is not None)
     assert ("lpl" in losses[-1]) == (last.lpl is not None)
     assert (root / "runs" / name / "samples" / "final.png").stat().st_size > 1000

@@ -35,8 +35,18 @@ def train(world: World, config: RunConfig, url: str, poison: str = "") -> int:
 
 
 def _poison(run: Any, kind: str) -> None:
-    """A real non-finite loss: pixels of one image that are not numbers, from some step on, on one rank."""
+    """A real non-finite loss: pixels of one image that are not numbers, from some step on, on one rank. Or images whose
+    gradient is far too large, wherever in the stream they stand."""
     task, forward_backward = run.task, run.task.forward_backward
+    if kind.startswith("spikes"):
+        first, end = (96, 112) if kind == "spikes" else (96, 9999)
+
+        def spiking(batch: Any, plan: Any, scale: float) -> Any:
+            bad = bool(((batch.positions_B >= first) & (batch.positions_B < end)).any())
+            return forward_backward(batch, plan, scale * 1e4 if bad else scale)
+
+        task.forward_backward = spiking
+        return
     latents_of = task._latents_of
 
     def poisoned(batch: Any, plan: Any, scale: float) -> Any:
@@ -68,6 +78,10 @@ def several(world: World, jobs: list[tuple[RunConfig, str, str]]) -> list[Any]:
     return out
 
 
+SPIKES = ("optim.spikes={sigma: 6, window_steps: 8, roll_back_after: 2}", "phases.low_resolution.steps=20")
+"""Batches of 8 images, a checkpoint every 5 steps: images 96 to 111 are those of steps 12 and 13."""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
@@ -84,6 +98,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     two = {
         "two": ((), ""),
         "nan_once": ((), "once"),
+        "spikes": (SPIKES, "spikes"),
+        "spikes_without_checkpoint": ((*SPIKES, "checkpoint.every_steps=100"), "spikes"),
+        "spikes_always": ((*SPIKES, "optim.spikes.max_roll_backs=1"), "spikes_always"),
         "nan_always": (("optim.max_skipped_in_a_row=3",), "always"),
     }
     codes = dict(zip(one, run_ranks(1, several, jobs(one))[0], strict=True))
@@ -174,3 +191,41 @@ def test_checkpoints_are_kept_and_retired(runs) -> None:
     folder, _ = runs
     steps = sorted(int(p.parent.name.split("-")[1]) for p in (folder / "one" / "checkpoints").glob("*/COMMIT"))
     assert steps == [10, 15, 20]  # every 5 steps, the last 3 kept
+
+
+def test_after_spikes_the_run_goes_back_to_its_checkpoint_and_passes_over_the_images(runs) -> None:
+    folder, codes = runs
+    assert codes["spikes"] == ExitCode.DONE
+    records = RunFolder(str(folder / "spikes")).metrics()
+    # every step reports here, so the flag of step 13 is read at once; else a step later
+    state = RunFolder(str(folder / "spikes")).read_json(newest_manifest(folder / "spikes"))["state"]
+    assert state["passed_over"] == [[10, 4 * 8]]
+    assert (state["roll_backs"], state["steps_skipped"]) == (1, 2)
+    assert state["images"] == 32 * 8
+    assert records[-1]["step"] == 32
+    assert records[-1]["roll_backs"] == 1
+    undisturbed = losses(str(folder / "accumulate_1x8"))  # on one rank
+    ours = [record["loss"] for record in records]
+    assert [x["loss"] for x in ours[:10]] == pytest.approx([x["loss"] for x in undisturbed[:10]], rel=1e-5)
+    later = zip(ours[10:], undisturbed[10:], strict=True)
+    assert all(abs(a["loss"] / b["loss"] - 1) > 1e-4 for a, b in later), "other images from there on"
+    scraped = (folder / "spikes" / "scraped.txt").read_text()
+    assert 'loupe_steps_skipped_total{reason="spike"} 2.0' in scraped
+    assert "loupe_roll_backs_total 1.0" in scraped
+    assert records[-1]["update_ratio"] > 0
+
+
+def newest_manifest(run: Path) -> str:
+    return str(max(run.glob("checkpoints/*/manifest.json")).relative_to(run))
+
+
+def test_spikes_before_the_first_checkpoint_are_only_skipped(runs) -> None:
+    folder, codes = runs
+    assert codes["spikes_without_checkpoint"] == ExitCode.DONE
+    run = folder / "spikes_without_checkpoint"
+    state = RunFolder(str(run)).read_json(newest_manifest(run))["state"]
+    assert (state["passed_over"], state["roll_backs"], state["steps_skipped"]) == ([], 0, 2)
+
+
+def test_a_run_that_spikes_again_and_again_stops(runs) -> None:
+    assert "optim.spikes.max_roll_backs: 1 roll backs did not help" in runs[1]["spikes_always"]

@@ -25,7 +25,7 @@ ALLOWED = {
     "trainer.models": ("trainer.models", *LEAVES),
     "trainer.losses": ("trainer.losses", "trainer.diffusion", "trainer.models", *LEAVES),
     "trainer.parallel": ("trainer.parallel", *LEAVES),
-    "trainer.checkpoint": ("trainer.checkpoint", *LEAVES),
+    "trainer.checkpoint": ("trainer.checkpoint", "trainer.background", *LEAVES),
     "trainer": (
         "trainer",
         "data.schema",

@@ -9,72 +9,78 @@ from data.loader import Batch
 from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
 from trainer.diffusion.samplers import build_sampler, guided
-from trainer.errors import UserError
 from trainer.losses.denoising import denoising_loss
 from trainer.losses.lpl import LatentPerceptualLoss, gate_share
 from trainer.losses.perceptual import PerceptualContext
-from trainer.models.autoencoders import Codec
-from trainer.models.mmdit import MMDiT
-from trainer.models.text_encoders import TextInput, build_text_encoder
+from trainer.models.autoencoders import Codec, load_codec
+from trainer.models.condition import Condition
+from trainer.models.denoisers import build_denoiser
+from trainer.models.text_encoders import TextEncoder, TextInput, build_text_encoder
 from trainer.parallel.apply import autocast
-from trainer.rng import normal, uniform
+from trainer.rng import normal, spread_uniform, uniform, uniforms
 from trainer.step_plan import StepPlan
 from trainer.tensors import pixels_to_images
 
 
 class TextToImage(nn.Module):
-    """The trainable text encoder and the denoiser under one root, so that one forward pass gathers and frees both."""
+    """What is trained, under one root, so that one forward pass gathers and frees it: the denoiser, and the text encoder
+    unless it is frozen. All sizes follow from the config, so it can be built on the meta device without any file."""
 
-    def __init__(self, config: LatentDiffusionConfig, latent_channels: int) -> None:
+    def __init__(self, config: LatentDiffusionConfig) -> None:
         super().__init__()
-        self.text = build_text_encoder(config.text)
-        self.denoiser = MMDiT(
+        text = config.text
+        self.text = None if text.kind == "frozen" else build_text_encoder(text)
+        self.denoiser = build_denoiser(
             config.model,
-            latent_channels=latent_channels,
-            token_width=self.text.token_width,
-            pooled_width=self.text.pooled_width,
+            latent_channels=config.codec.latent_channels,
+            token_width=text.width,
+            pooled_width=text.pooled_width if text.kind == "frozen" else text.width,
+            num_classes=text.num_classes if text.kind == "classes" else None,
         )
 
     def init_weights(self) -> None:
-        self.text.init_weights()
+        if self.text is not None:
+            self.text.init_weights()
         self.denoiser.init_weights()
 
-    def forward(self, zt_BCHW: Tensor, time_B: Tensor, text: TextInput) -> Tensor:
-        prediction: Tensor = self.denoiser(zt_BCHW, time_B, self.text(text))
+    def units(self) -> list[nn.Module]:
+        """Parts to gather, recompute and compile one at a time."""
+        return [*self.denoiser.units(), *getattr(self.text, "blocks", [])]
+
+    def forward(self, zt_BCHW: Tensor, time_B: Tensor, text: TextInput | Condition) -> Tensor:
+        """`text`: captions as the trainable encoder takes them, or what the frozen one made of them."""
+        if not isinstance(text, Condition):
+            assert self.text is not None
+            text = self.text(text)
+        prediction: Tensor = self.denoiser(zt_BCHW, time_B, text)
         return prediction
 
 
 class LatentDiffusionTask:
-    def __init__(self, run: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, run: RunConfig, device: torch.device, *, codec: Codec | None = None, text: TextEncoder | None = None
+    ) -> None:
+        """`codec`, `text`: an autoencoder and a frozen text encoder that are there already, in place of the config's files."""
         assert isinstance(run.task, LatentDiffusionConfig)
         self.config, self._run, self._device = run.task, run, device
-        self.codec = Codec.load(self.config.codec.url).to(device)
+        self.codec = (load_codec(self.config.codec) if codec is None else codec).to(device)
         torch.manual_seed(run.seed)  # the same weights on every rank and any number of them
-        self.module = TextToImage(self.config, self.codec.latent_channels)
+        self.module = TextToImage(self.config)
         self.module.init_weights()
+        if text is None:
+            text = self.module.text or build_text_encoder(self.config.text, device)
+        self.text: TextEncoder = text
         self._lpl = LatentPerceptualLoss(self.codec, self.config.lpl)
         self._paradigms: dict[int, Paradigm] = {}
         self.captions_cut = 0
         """Captions longer than the text encoder takes, so far."""
 
     def sharding_units(self) -> list[nn.Module]:
-        return [*self.module.denoiser.blocks, *getattr(self.module.text, "blocks", [])]
+        return self.module.units()
 
     def check(self) -> list[str]:
         warnings = []
-        model, f = self.config.model, self.codec.downsampling
         for i, phase in enumerate(self._run.phases):
-            patches, rest = divmod(phase.resolution, f * model.patch_size)
-            if rest:
-                raise UserError(
-                    f"phases.{i}.resolution: {phase.resolution} px is no multiple of the codec's {f} times "
-                    f"task.model.patch_size {model.patch_size}; take a multiple of {f * model.patch_size}"
-                )
-            if patches > model.position_grid:
-                raise UserError(
-                    f"task.model.position_grid: {model.position_grid} is less than the {patches} patches a side "
-                    f"of phase {phase.name}"
-                )
             if phase.lpl and phase.lpl.weight:
                 self._lpl.check_resolution(phase.resolution)
                 tau = self._lpl.threshold(PerceptualContext(phase.lpl.tau, phase.resolution))
@@ -93,14 +99,17 @@ class LatentDiffusionTask:
         phase, paradigm = plan.phase, self.paradigm(batch.resolution)
         seed, positions = self._run.seed, batch.positions_B.tolist()
         text = self._text_of(batch, positions)
-        t_B = paradigm.sample_t(uniform(seed, positions, "timestep")).to(self._device)
+        t_B = paradigm.sample_t(self._timestep_draws(positions, plan.step)).to(self._device, non_blocking=True)
         with autocast(self._device):
             z0 = self._latents_of(batch)
             noise = normal(seed, positions, "noise", z0.shape[1:], device=self._device)
             zt = paradigm.add_noise(z0, noise, t_B)
             prediction = self.module(zt, paradigm.model_time(t_B), text).float()
             denoising_B = denoising_loss(prediction, paradigm.target(z0, noise, t_B))
-            loss_B, terms = phase.denoising_weight * denoising_B, {"denoising": denoising_B.detach()}
+            weighted_B, terms = paradigm.loss_weight(t_B) * denoising_B, {"denoising": denoising_B.detach()}
+            if self.config.paradigm.weighting != "uniform":
+                terms["denoising_weighted"] = weighted_B.detach()
+            loss_B = phase.denoising_weight * weighted_B
             if phase.lpl:
                 z0_hat = paradigm.to_z0(prediction, zt, t_B)
                 context = PerceptualContext(phase.lpl.tau, batch.resolution)
@@ -110,17 +119,31 @@ class LatentDiffusionTask:
         (scale * loss_B.sum()).backward()
         return {"loss": loss_B.detach(), **terms}
 
+    def _timestep_draws(self, positions: Sequence[int], step: int) -> Tensor:
+        """Uniform numbers (B,), one a sample, that the timestep density maps to times."""
+        if self.config.paradigm.timestep_draws == "low_discrepancy":
+            return spread_uniform(self._run.seed, positions, step)
+        return uniform(self._run.seed, positions, "timestep")
+
     def _latents_of(self, batch: Batch) -> Tensor:
         images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
         with torch.no_grad():
             return self.codec.encode(images).float()
 
-    def _text_of(self, batch: Batch, positions: Sequence[int]) -> TextInput:
-        dropped_B = uniform(self._run.seed, positions, "caption_dropout") < self.config.caption_dropout
+    def _text_of(self, batch: Batch, positions: Sequence[int]) -> TextInput | Condition:
+        seed, dropouts = self._run.seed, self.text.dropouts
+        dropped_B = (uniform(seed, positions, "caption_dropout") < self.config.caption_dropout).tolist()
         captions = [None if drop else caption for caption, drop in zip(batch.captions, dropped_B, strict=True)]
-        text = self.module.text.prepare(captions, batch.labels_B.tolist())
+        draws_EB = uniforms(seed, positions, "encoder_dropout", count=len(dropouts)) if dropouts else ()
+        dropped_EB = [(row_B < share).tolist() for row_B, share in zip(draws_EB, dropouts, strict=True)]
+        text = self.text.prepare(captions, batch.labels_B.tolist(), dropped_EB)
         self.captions_cut += text.num_cut
-        return text.to(self._device)
+        return self._encoded(text)
+
+    def _encoded(self, text: TextInput) -> TextInput | Condition:
+        """On the device; encoded already where the encoder is frozen, which the trained module does not hold."""
+        text = text.to(self._device)
+        return self.text(text) if self.text.frozen else text
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
@@ -135,7 +158,7 @@ class LatentDiffusionTask:
         side = resolution // self.codec.downsampling
         positions = range(first, first + len(prompts))
         noise = normal(seed, positions, "sample", (self.codec.latent_channels, side, side), device=self._device)
-        text = self.module.text.prepare([*prompts, *[None] * len(prompts)]).to(self._device)
+        text = self._encoded(self.text.prepare([*prompts, *[None] * len(prompts)]))
 
         def predict(zt: Tensor, t_B: Tensor) -> Tensor:
             with autocast(self._device):
