@@ -7,7 +7,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos demo-autoencoder test lint types format lock clean
+.PHONY: help setup demo photos demo-autoencoder test lint types format lock clean golden test-gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -16,7 +16,7 @@ setup: $(VENV)/.done ## build .venv with the pinned packages
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes,int8]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes]'
 	@# its own pins cannot be met beside diffusers; what it imports is among our dependencies (see pyproject.toml)
 	$(PY) -m pip install --quiet --no-deps -c constraints.txt mosaicml-streaming
 	touch $@
@@ -35,6 +35,12 @@ demo-autoencoder: setup ## train the demo's autoencoder again and put it in the 
 
 test: setup ## all tests (under 15 minutes on two cores)
 	$(PY) -m pytest
+
+test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width
+	$(PY) -m pytest -m gpu
+
+golden: setup ## record the demo recipe's losses anew, after a change that is meant to change them
+	$(PY) -m tests.golden
 
 lint: setup ## ruff: lint and format
 	$(BIN)/ruff check .

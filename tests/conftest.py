@@ -16,6 +16,12 @@ def shared_dir() -> Path:
     return SHARED
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the GPU's own tests, tests are the CPU's: the same on every machine."""
+    if config.getoption("-m") == "not gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _missing(item: pytest.Item) -> str | None:
     if item.get_closest_marker("shared") and not (SHARED / "data").is_dir():
         return "../shared is not beside the checkout"
@@ -25,7 +31,13 @@ def _missing(item: pytest.Item) -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what cannot run here. In CI everything must run, so there a skip is a failure."""
+    """Skip what cannot run here. In CI everything must run, so there a skip is a failure. A GPU's tests are asked for by
+    name, so where there is none that is a mistake, not something to skip."""
+    if item.get_closest_marker("gpu"):
+        import torch  # here, so that tests of what imports no torch start without it
+
+        if not torch.cuda.is_available():
+            pytest.fail("a GPU's test was selected, and this machine shows no CUDA device", pytrace=False)
     reason = _missing(item)
     if reason and os.environ.get("CI") == "true":
         pytest.fail(f"CI must not skip: {reason}", pytrace=False)

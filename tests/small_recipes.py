@@ -12,6 +12,7 @@ from data.build import build
 from data.reader import open_dataset
 from data.schema import Resize
 from data.source import open_source
+from ops.bench.recipes import cut_model
 from tests.text_models import write_clip, write_t5
 from trainer.config import (
     CodecConfig,
@@ -62,7 +63,7 @@ def cut(name: str, root: Path) -> RunConfig:
     run = load(name)
     task = run.task
     assert isinstance(task, LatentDiffusionConfig)
-    model, text = _cut_model(task.model), _cut_text(task.text, root)
+    model, text = cut_model(task.model), _cut_text(task.text, root)
     steps = {1: (3,), 2: (2, 1), 3: (1, 1, 1)}[len(run.phases)]
     phases = tuple(
         replace(
@@ -87,18 +88,6 @@ def cut(name: str, root: Path) -> RunConfig:
 
 def _cut_resolution(resolution: int) -> int:
     return resolution // 8 if resolution >= 256 else resolution
-
-
-def _cut_model(model: DenoiserConfig) -> DenoiserConfig:
-    if model.kind == "mmdit":
-        dual = min(1, model.num_dual_attention_blocks)
-        return replace(model, num_blocks=2, num_heads=2, head_dim=16, num_dual_attention_blocks=dual)
-    if model.kind == "unet":
-        return replace(
-            model, block_out_channels=(16, 32), attention_levels=(True, False), head_dim=8, layers_per_block=1,
-            norm_num_groups=8,
-        )  # fmt: skip
-    return replace(model, num_blocks=2, num_heads=2, head_dim=16)
 
 
 def _cut_text(text: TextConfig, root: Path) -> TextConfig:

@@ -25,6 +25,7 @@ from trainer.parallel.apply import begin_micro_batch, reshard
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.progress import Progress
+from trainer.readback import Readback
 from trainer.reports import Reports
 from trainer.run_folder import JsonlWriter
 from trainer.spikes import SpikeGuard
@@ -48,10 +49,8 @@ class Verdict:
     """What the device has decided about a step; read by the host one step late."""
 
     step: int
-    skip: Tensor
-    spike: Tensor
-    recent_spikes: Tensor
-    gradient_norm: Tensor
+    flags: Readback
+    """skip, spike, recent spikes, gradient norm."""
     keys: list[str]
     loss_B: Tensor
 
@@ -161,7 +160,7 @@ class Trainer:
         self.reports.add(terms_B, skip)
         recent = self.spikes.record(plan.step, loss, norm, spike, skip) if self.spikes else spike
         self._resolve_pending()
-        self._pending = Verdict(plan.step, skip, spike, recent, norm, batch.keys, terms_B["loss"])
+        self._pending = Verdict(plan.step, Readback(skip, spike, recent, norm), batch.keys, terms_B["loss"])
 
     def _judge(self, loss_B: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(skip, spike, loss): 1.0 on every rank where the step must not count, and the global batch's mean loss."""
@@ -179,14 +178,14 @@ class Trainer:
         if self._pending is None:
             return
         verdict, self._pending = self._pending, None
-        self._gradient_norm = verdict.gradient_norm.item()
-        if not verdict.skip.item():
+        skip, spike, recent_spikes, self._gradient_norm = verdict.flags.read()
+        if not skip:
             self.progress.skipped_in_a_row = 0
             return
         self.progress.steps_skipped += 1
         self.progress.skipped_in_a_row += 1
-        if verdict.spike.item():
-            self._on_spike(verdict)
+        if spike:
+            self._on_spike(verdict, int(recent_spikes))
         else:
             self._on_non_finite(verdict)
 
@@ -206,11 +205,10 @@ class Trainer:
                 "images, or begin a new run with a lower learning_rate; the newest checkpoint is from before"
             )
 
-    def _on_spike(self, verdict: Verdict) -> None:
+    def _on_spike(self, verdict: Verdict, recent: int) -> None:
         spikes = self.config.optim.spikes
         assert spikes is not None
         self.exporter.of(metric_names.STEPS_SKIPPED, "spike").inc()
-        recent = int(verdict.recent_spikes.item())
         self.reports.print(
             f"step {verdict.step} skipped: loss or gradient norm ({self._gradient_norm:.3g}) beyond {spikes.sigma:g} "
             f"deviations of the steps before; {recent} such in the last {spikes.window_steps}"

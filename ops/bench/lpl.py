@@ -48,7 +48,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in phases}
     for i in range(options.repeats + 1):
         for name, phase in phases.items():  # in turns, so that noise of the machine falls on both alike
-            plan = StepPlan(0, phase, 0, 1e-3, 0, False)
+            plan = StepPlan(step=0, phase=phase, phase_index=0, learning_rate=1e-3, position=0, begins_phase=False,
+                            ends_phase=False)  # fmt: skip
             started = time.perf_counter()
             task.forward_backward(batch, plan, 1.0 / options.batch_size)
             task.module.zero_grad(set_to_none=True)
