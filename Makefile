@@ -34,7 +34,7 @@ demo-autoencoder: setup ## train the demo's autoencoder again and put it in the 
 	$(BIN)/loupe export runs/demo_autoencoder trainer/assets/demo_autoencoder
 
 test: setup ## all tests (under 15 minutes on two cores)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width
 	$(PY) -m pytest -m gpu

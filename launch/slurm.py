@@ -32,7 +32,7 @@ from launch.job import (
 )
 from launch.local import run_local
 from launch.slurm_task import SlurmTask
-from trainer.config import RunConfig
+from trainer.config import RunConfig, replace
 from trainer.config_text import to_yaml
 from trainer.errors import UserError
 from trainer.run_folder import CONFIG, RunFolder
@@ -250,9 +250,10 @@ def main(
             cpus_per_task, mem, signal_delay_s,
         ),
     )  # fmt: skip
-    check(spec, config)
     folder = RunFolder(run_dir)
     check_folder(folder, config, fresh=fresh)
+    resumes = not fresh and folder.exists(CONFIG)
+    check(spec, replace(config, init_from=None) if resumes else config)  # what it began with may be gone by now
     if dry_run:
         click.echo(dry_run_text(spec, config), nl=False)
         return 0

@@ -17,6 +17,7 @@ class Progress:
     steps_skipped: int = 0
     """Not finite, or spikes."""
     skipped_in_a_row: int = 0
+    """Not finite; a spike neither counts nor ends the row."""
     init_from: str | None = None
     """URL of the weights that the run began with, where they were another's."""
     roll_backs: int = 0

@@ -25,11 +25,12 @@ class SpikeGuard:
         return {"window": self._window, "accepted": self._accepted, "spikes": self._spikes}
 
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """1.0 for a spike, else 0.0. Loss is the global batch's mean. NaN is no spike: another check refuses it."""
+        """1.0 for a spike, else 0.0. Loss is the global batch's mean. What is not finite is no spike: another check
+        refuses it."""
         value = torch.stack([loss, gradient_norm]).double()
         limit = self._window.mean(1) + self._config.sigma * self._window.std(1)
         full = self._accepted >= self._config.window_steps
-        return ((value > limit).any() & full).float()
+        return ((value > limit).any() & value.isfinite().all() & full).float()
 
     def record(self, step: int, loss: Tensor, gradient_norm: Tensor, spike: Tensor, skip: Tensor) -> Tensor:
         """Take an accepted step into the window. Returns the spikes among the last `window_steps` steps, on the device."""

@@ -43,7 +43,8 @@ class StepPlanner:
             seed=config.seed,
             window_shards=config.data.shuffle_window_shards,
             segments=[
-                MixSegment(first + self._shift_at(first_step), phase.data_mix or everything)
+                # A roll back to a phase's first step passes over images of that phase: it begins where it did.
+                MixSegment(first + self._shift_at(first_step - 1), phase.data_mix or everything)
                 for first_step, first, phase in self.schedule.beginnings()
             ],
         )

@@ -92,18 +92,17 @@ class Trainer:
             return ExitCode.DONE
         self.task.module.train()
         agreement = Agreement(self.world.host_group)
-        while True:
-            loader = make_loader(self.planner, self.progress.substitutions)
-            try:
-                code = self._train(loader, agreement)
-            except BaseException:
-                self.checkpoints.settle(timeout_s=30)
-                raise
-            finally:
-                loader.close()
-            if code is not None:
-                break
-            self._roll_back()
+
+        def train() -> ExitCode | None:
+            with make_loader(self.planner, self.progress.substitutions) as loader:
+                return self._train(loader, agreement)
+
+        try:
+            while (code := train()) is None:
+                self._roll_back()
+        except BaseException:
+            self.checkpoints.settle(timeout_s=30)
+            raise
         agreement.close()  # not after an error: other ranks may never take part
         return code
 
@@ -117,8 +116,9 @@ class Trainer:
                 waited = 0.0  # for workers to start, not for data
             plan = self.planner.plan(batch.step)
             self._train_step(batch, plan)
-            if self._report_is_due(plan):
-                self._resolve_pending()  # the wait for the device belongs to the steps, not to the report
+            if self._report_is_due(plan) or self._save_is_due(plan):
+                # The wait for the device belongs to the steps. And what a roll back leaves behind is not saved first.
+                self._resolve_pending()
             self._count(batch, plan, waited, watch.lap())
             if self._roll_back_due:
                 return None
@@ -183,13 +183,13 @@ class Trainer:
             self.progress.skipped_in_a_row = 0
             return
         self.progress.steps_skipped += 1
-        self.progress.skipped_in_a_row += 1
         if spike:
             self._on_spike(verdict, int(recent_spikes))
         else:
             self._on_non_finite(verdict)
 
     def _on_non_finite(self, verdict: Verdict) -> None:
+        self.progress.skipped_in_a_row += 1
         self.exporter.of(metric_names.STEPS_SKIPPED, "non_finite").inc()
         finite_B = verdict.loss_B.isfinite().tolist()
         bad = [key for key, finite in zip(verdict.keys, finite_B, strict=True) if not finite]
@@ -220,8 +220,8 @@ class Trainer:
         spikes, before = self.config.optim.spikes, self.progress
         assert spikes is not None
         assert self.spikes is not None
+        self._resolve_pending()  # the step after the one that decided; it is left behind too, and asks for nothing
         self._roll_back_due = False
-        self._resolve_pending()
         if before.roll_backs >= spikes.max_roll_backs:
             raise UserError(
                 f"optim.spikes.max_roll_backs: {before.roll_backs} roll backs did not help, losses leave their range again "
@@ -263,7 +263,7 @@ class Trainer:
         last = done == self.total_steps
         if self._report_is_due(plan):
             self._report(plan)
-        if last or done % config.checkpoint.every_steps == 0:
+        if self._save_is_due(plan):
             self._save(wait=last or not config.checkpoint.asynchronous)
         if self.actions.on_sample and done % self.actions.sample_every == 0 and not last:
             with self.averaged():
@@ -271,6 +271,10 @@ class Trainer:
 
     def _report_is_due(self, plan: StepPlan) -> bool:
         return plan.ends_phase or (plan.step + 1) % self.config.metrics.every_steps == 0
+
+    def _save_is_due(self, plan: StepPlan) -> bool:
+        done = plan.step + 1
+        return done == self.total_steps or done % self.config.checkpoint.every_steps == 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -319,9 +323,6 @@ class Trainer:
             self._await_earlier_save()
         if self._saved_step == self.progress.step:
             return
-        self._resolve_pending()
-        if self._roll_back_due and not wait:
-            return  # what is to be left behind is not where to go back to
         self._share_substitutions()
         self.reports.flush()
         try:
@@ -341,14 +342,12 @@ class Trainer:
             self.exporter.of(metric_names.CHECKPOINT_SECONDS).observe(time.perf_counter() - started)
 
     def _await_earlier_save(self) -> None:
-        """Before the last save. That one is worth a trial even where the one before has failed."""
+        """Before a save that waits, worth a trial even where the one before has failed; and before a roll back."""
         try:
             self.checkpoints.finish()
         except (UserError, CheckpointError) as e:
             self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
-            self.reports.print(
-                f"WARNING: the save of step {self._saved_step} failed ({e}); saving step {self.progress.step}"
-            )
+            self.reports.print(f"WARNING: the save of step {self._saved_step} failed ({e})")
             self._saved_step = -1
         self._note_saved()
 

@@ -39,7 +39,7 @@ def _poison(run: Any, kind: str) -> None:
     gradient is far too large, wherever in the stream they stand."""
     task, forward_backward = run.task, run.task.forward_backward
     if kind.startswith("spikes"):
-        first, end = (96, 112) if kind == "spikes" else (96, 9999)
+        first, end = {"spikes": (96, 112), "spikes_at_a_save": (104, 120), "spikes_always": (96, 9999)}[kind]
 
         def spiking(batch: Any, plan: Any, scale: float) -> Any:
             bad = bool(((batch.positions_B >= first) & (batch.positions_B < end)).any())
@@ -100,7 +100,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         "nan_once": ((), "once"),
         "spikes": (SPIKES, "spikes"),
         "spikes_without_checkpoint": ((*SPIKES, "checkpoint.every_steps=100"), "spikes"),
-        "spikes_always": ((*SPIKES, "optim.spikes.max_roll_backs=1"), "spikes_always"),
+        "spikes_at_a_save": (
+            (*SPIKES, "metrics.every_steps=50", "checkpoint.asynchronous=false"),
+            "spikes_at_a_save",
+        ),
+        "spikes_always": ((*SPIKES, "optim.spikes.max_roll_backs=1", "metrics.every_steps=50"), "spikes_always"),
         "nan_always": (("optim.max_skipped_in_a_row=3",), "always"),
     }
     codes = dict(zip(one, run_ranks(1, several, jobs(one))[0], strict=True))
@@ -228,4 +232,17 @@ def test_spikes_before_the_first_checkpoint_are_only_skipped(runs) -> None:
 
 
 def test_a_run_that_spikes_again_and_again_stops(runs) -> None:
-    assert "optim.spikes.max_roll_backs: 1 roll backs did not help" in runs[1]["spikes_always"]
+    message = runs[1]["spikes_always"]
+    assert "optim.spikes.max_roll_backs: 1 roll backs did not help" in message
+    # Flags are read a step late here. The spike after the one that decided belongs to the first roll back: from step 10 on
+    # it takes two new ones, at steps 10 and 11, to ask for another.
+    assert "again at step 13;" in message
+
+
+def test_spikes_at_a_save_leave_no_checkpoint_between(runs) -> None:
+    """Those of steps 13 and 14, before the save of step 15: the roll back goes to step 10."""
+    folder, codes = runs
+    assert codes["spikes_at_a_save"] == ExitCode.DONE
+    run = folder / "spikes_at_a_save"
+    state = RunFolder(str(run)).read_json(newest_manifest(run))["state"]
+    assert (state["passed_over"], state["roll_backs"], state["steps_skipped"]) == ([[10, 5 * 8]], 1, 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.text_models import write_clip
 from tests.tiny import tiny
 from trainer.config_text import to_yaml
 from trainer.errors import ExitCode
@@ -59,9 +60,55 @@ def test_shard_with_a_wrong_hash(tmp_path) -> None:
     assert "hash" in error
 
 
-def test_resolution_that_the_codec_does_not_divide(tmp_path) -> None:
-    error = refused(tmp_path / "run", "phases.full_resolution.resolution=60")
-    assert "phases.1.resolution: 60 px" in error
+def submission_refused(*arguments: str) -> str:
+    """The one line that `launch/slurm.py demo` says before any job exists."""
+    done = subprocess.run(
+        [sys.executable, "launch/slurm.py", "demo", "--cluster", "local", "--cpu", *arguments],
+        capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_resolution_that_patches_do_not_divide(tmp_path) -> None:
+    where = ("--run-dir", str(tmp_path / "run"))
+    error = submission_refused(*where, "--set", "phases.full_resolution.resolution=60")
+    assert "phases.1.resolution: 60 px is no multiple of 8" in error
+    error = submission_refused(*where, "--set", "phases.0.resolution=40", "--set", "task.model.patch_size=2")
+    assert "40 px is no multiple of 16: the codec's downsampling of 8 times task.model.patch_size 2" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_codec_with_other_channels_than_declared(tmp_path) -> None:
+    error = refused(tmp_path / "run", "task.codec.latent_channels=16")
+    assert "task.codec.latent_channels: 16, but the autoencoder at" in error
+    assert "has 4" in error
+
+
+def test_encoder_of_another_width_than_declared(tmp_path) -> None:
+    encoder = write_clip(tmp_path / "clip", width=32).model_copy(update={"width": 48})
+    error = refused(tmp_path / "run", f"task.text={{kind: frozen, encoders: [{encoder.model_dump_json()}]}}")
+    assert "task.text.encoders.0.width: 48, but the encoder at" in error
+    assert "has 32" in error
+
+
+def test_a_run_of_another_layout(tmp_path) -> None:
+    folder = tmp_path / "run"
+    code, stderr = job(folder, "phases.full_resolution.steps=1", "phases.perceptual.steps=1")
+    assert code == ExitCode.DONE, stderr
+    (folder / "summary.json").unlink()
+    error = refused_layout(folder, "task.model.layout=shared")
+    assert "task.model.layout" in error
+    assert "sd3" in error
+    assert "shared" in error
+
+
+def refused_layout(folder: Path, *overrides: str) -> str:
+    code, stderr = job(folder, "phases.full_resolution.steps=1", "phases.perceptual.steps=1", *overrides)
+    assert code == ExitCode.STOP
+    (error,) = (line for line in stderr.splitlines() if line.startswith("error: "))
+    return error
 
 
 def test_missing_codec(tmp_path) -> None:
@@ -98,7 +145,8 @@ def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
     (dataset / "dataset.json").write_text(info.model_dump_json())
     code, stderr = job(folder, *steps, here)
     assert code == ExitCode.STOP
-    assert "written by a run of config" in stderr
+    assert "emoji is" in stderr
+    assert " there, emoji is " in stderr
 
 
 def test_unwritable_run_folder_at_submission() -> None:

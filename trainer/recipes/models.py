@@ -1,6 +1,7 @@
 """Other models with the same trainer: Stable Diffusion 3's, a fine-tuning, and the denoisers that the paper compares with.
 
-Hours are counted, not measured, as in `trainer/recipes/paper.py`. Hyper-parameters are ours where no source is named.
+Hours are counted, not measured, as in `trainer/recipes/paper.py`, of the H100s that each names and with the text encoders'
+forward pass. Hyper-parameters are ours where no source is named.
 """
 
 from trainer.config import (
@@ -35,7 +36,7 @@ SD3_ROOT = "models/stable-diffusion-3.5-medium"
 def sd3_medium_512() -> RunConfig:
     """Stable Diffusion 3.5 medium's model from scratch: flow matching, 16-channel latents, three text encoders.
 
-    256 px, then 512 px, then 512 px with LPL. Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 59 + 59 + 25
+    256 px, then 512 px, then 512 px with LPL. Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 34 + 19 + 9
     hours. 2.2B parameters. `datasets/images`; codec and text encoders from `models/stable-diffusion-3.5-medium`.
     Widths, blocks, timestep density and caption dropout are SD3's (Esser et al. 2024), the rest ours.
     """
@@ -73,8 +74,8 @@ def sd3_medium_512() -> RunConfig:
 def finetune() -> RunConfig:
     """Stable Diffusion 3.5 medium on a folder of captioned images, with LPL.
 
-    Hardware: 8 GPUs with 80 GB; about 2 hours for 5,000 steps of 32 images at 512 px. `loupe data build FOLDER
-    datasets/images --size 512` first. The encoded captions of a small dataset are kept, so each is encoded once.
+    Hardware: 8 H100 with 80 GB; 5,000 steps of 32 images at 512 px are a third of an hour by their FLOPs. `loupe data build
+    FOLDER datasets/images --size 512` first. Each rank keeps the encoded captions that fit into 4 GiB, some 1,700.
     """
     run = sd3_medium_512()
     assert run.task.kind == "latent_diffusion"
@@ -83,9 +84,6 @@ def finetune() -> RunConfig:
         name="finetune",
         task=replace(
             run.task,
-            model=MMDiTConfig(
-                num_blocks=24, num_heads=24, head_dim=64, num_dual_attention_blocks=13, position_grid=384, base_grid=64
-            ),
             text=replace(sd3_text(SD3_ROOT, t5_tokens=256, dropout=0.1, padding="seen"), cache_mib=4096),
         ),
         init_from=InitFromConfig(url=f"{SD3_ROOT}/transformer"),
@@ -122,7 +120,7 @@ def _compared(name: str, task: LatentDiffusionConfig, dataset: str, learning_rat
 def imagenet_256_dit() -> RunConfig:
     """DiT-XL/2 on ImageNet classes at 256 px, then with LPL (Peebles & Xie 2023).
 
-    Hardware: 32 H100; about 30 hours. DiT's own sizes, batch is ours. `models/sd-vae` (Stable Diffusion 1's autoencoder),
+    Hardware: 32 H100; about 14 hours. DiT's own sizes, batch is ours. `models/sd-vae` (Stable Diffusion 1's autoencoder),
     `datasets/imagenet` with labels.
     """
     task = LatentDiffusionConfig(
@@ -135,7 +133,7 @@ def imagenet_256_dit() -> RunConfig:
 def cc12m_256_unet() -> RunConfig:
     """Stable Diffusion 1's U-Net with CLIP-L on CC12M at 256 px, then with LPL (Rombach et al. 2022).
 
-    Hardware: 32 H100; about 30 hours. The U-Net's own sizes, batch is ours. `models/sd-vae`, `models/clip-l` (a CLIP text
+    Hardware: 32 H100; about 12 hours. The U-Net's own sizes, batch is ours. `models/sd-vae`, `models/clip-l` (a CLIP text
     encoder and its tokenizer), `datasets/cc12m`.
     """
     task = LatentDiffusionConfig(
@@ -148,7 +146,7 @@ def cc12m_256_unet() -> RunConfig:
 def cc12m_256_pixart() -> RunConfig:
     """PixArt-alpha's transformer with T5-XXL on CC12M at 256 px, then with LPL (Chen et al. 2024).
 
-    Hardware: 32 H100; about 40 hours. PixArt's own sizes, batch is ours. `models/sd-vae`, `models/t5-xxl` (encoder and
+    Hardware: 32 H100; about 28 hours. PixArt's own sizes, batch is ours. `models/sd-vae`, `models/t5-xxl` (encoder and
     tokenizer), `datasets/cc12m`.
     """
     task = LatentDiffusionConfig(

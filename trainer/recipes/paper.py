@@ -1,7 +1,7 @@
 """The runs of the latent perceptual loss's paper (Berrada et al., ICLR 2025), each as DDPM-eps, DDPM-v and flow matching.
 
 The paper gives phases, EMA, LPL, guidance and the MMDiT's size. Batch size, learning rate, weight decay, warm-up, the text
-encoders, and how positions grow are not given: those here are ours, and so is the reading of the 796M parameters (one set
+encoders, and how positions grow are not given: those here are ours, and so is the reading of the 796M parameters (here 816M: one set
 of weights for image and text, one modulation for all blocks). Hours are counted, not measured: FLOPs of the step at 40 % of
 64 H100s' data sheet. Expect more where storage or network is slow.
 
@@ -88,7 +88,7 @@ def _phase(name: str, steps: int, resolution: int, *, lpl: bool = False) -> Phas
 PRETRAIN = _phase("pretrain_256", 600_000, 256)
 POST_256 = _phase("post_256", 200_000, 256)
 POST_512_LPL = _phase("post_512_lpl", 120_000, 512, lpl=True)
-CLASSES = ClassLabelConfig(num_classes=1000, width=1536)
+CLASSES = ClassLabelConfig(num_classes=1000, width=768)
 
 
 def imagenet_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:

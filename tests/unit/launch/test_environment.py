@@ -20,7 +20,7 @@ def test_a_data_folder_where_the_job_starts_does_not_hide_ours(tmp_path: Path) -
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer/__init__.py").write_text("raise SystemExit('the wrong trainer')")
     code = "import data, trainer.config; print(data.__file__, trainer.config.__file__)"
-    for command in (["-c", code], ["-m", "trainer.config"]):
+    for command in (["-c", code], ["-m", "trainer.config_text"]):
         result = subprocess.run(
             [sys.executable, *command],
             cwd=tmp_path,

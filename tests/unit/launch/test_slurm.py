@@ -85,6 +85,19 @@ def test_dry_run_tells_no_secrets(command: Command, monkeypatch: pytest.MonkeyPa
     assert "hunter2" not in out + err
 
 
+def test_weights_to_begin_with_may_be_gone_when_a_run_goes_on(
+    command: Command, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    init_from = f"init_from={{url: {tmp_path}/source}}"
+    given = ("--run-dir", str(tmp_path / "r"), "--set", init_from, "--dry-run")
+    code, _, err = command(*given)
+    assert code == 2
+    assert f"init_from.url: no {tmp_path}/source; give" in err
+    RunFolder(str(tmp_path / "r")).claim(config(data, init_from))
+    assert command(*given)[0] == 0
+    assert command(*given, "--fresh")[0] == 2
+
+
 def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
     code, out, _ = command("--cluster", "local", "--nodes", "2", "--gpus-per-node", "2", "--dry-run")
     assert code == 0

@@ -52,7 +52,8 @@ def test_the_limit_is_the_mean_and_deviations_of_the_window() -> None:
 
 def test_a_non_finite_step_is_no_spike_and_does_not_enter_the_window() -> None:
     guard = SpikeGuard(CONFIG, torch.device("cpu"))
-    spikes, _ = feed(guard, [*calm(16), (float("nan"), 1.0), (1.0, float("nan"))])
+    nan, inf = float("nan"), float("inf")
+    spikes, _ = feed(guard, [*calm(16), (nan, 1.0), (1.0, nan), (inf, 1.0), (1.0, inf), (9.0, inf)])
     assert not any(spikes)
     assert guard.state_tensors()["window"].isfinite().all()
 
