@@ -55,6 +55,8 @@ class Dataset:
         )
         """Samples of each shard, cut to `num_samples`."""
         self.class_names = info.class_names
+        self.short_side = info.resize.short_side
+        """Of the stored images, in pixels; None: as they came."""
         self._is_local, self._cache_dir = is_local, cache_dir
         self._open()
 

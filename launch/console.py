@@ -20,6 +20,7 @@ Record = dict[str, Any]
 WHERE = (
     ("samples", "sample images"),
     ("curves.png", "curves"),
+    ("init_report.json", "began with"),
     ("metrics", "metrics"),
     (CHECKPOINTS, "checkpoints"),
     (SUMMARY, "summary"),
@@ -31,6 +32,8 @@ WHERE = (
 class MetricsFile:
     name: str
     records: list[Record]
+    notes: list[str]
+    """What the attempt had to say before its first step."""
 
 
 class MetricsTail:
@@ -49,9 +52,11 @@ class MetricsTail:
         new = []
         for name in names:
             if name not in self._ended:
-                records = self._read(name)
-                if records:
-                    new.append(MetricsFile(name, records))
+                lines = self._read(name)
+                records = [line for line in lines if "step" in line]
+                notes = [line["note"] for line in lines if "note" in line]
+                if records or notes:
+                    new.append(MetricsFile(name, records, notes))
         self._ended.update(names[:-1])  # only the newest attempt still grows
         return new
 
@@ -61,8 +66,7 @@ class MetricsTail:
             data: bytes = file.read()
         whole = data.rfind(b"\n") + 1  # the rest is a line that is being written
         self._offsets[name] = self._offsets.get(name, 0) + whole
-        records = [json.loads(line) for line in data[:whole].splitlines() if line]
-        return [record for record in records if "step" in record]
+        return [json.loads(line) for line in data[:whole].splitlines() if line]
 
 
 class Pace:
@@ -171,6 +175,8 @@ class Follower:
             if self._file != file.name:
                 self._pace.restart()
                 self._file = file.name
+            for note in file.notes:
+                self._display.note(note)
             for record in file.records:
                 self._pace.add(record)
                 self._display.show(record, self._pace.eta(record))

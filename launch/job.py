@@ -161,8 +161,15 @@ def check(spec: JobSpec, config: RunConfig) -> None:
         UserError: layout, a local dataset or codec that is not there, a rehearsal outside of the schedule.
     """
     check_layout(config, spec.world_size)
+    missing: list[UserError] = []
     for field, url, files in _inputs(config):
-        _check_local(field, url, files)
+        try:
+            _check_local(field, url, files)
+        except UserError as e:
+            missing.append(e)
+    if missing:
+        others = "".join(f"; also {str(e).partition(': ')[0]}" for e in missing[1:])
+        raise UserError(f"{missing[0]}{others}")
     total_steps = Schedule(config.phases).total_steps
     if spec.rehearse_preemption is not None and not 0 < spec.rehearse_preemption < total_steps:
         raise UserError(f"--rehearse-preemption {spec.rehearse_preemption}: the run has {total_steps} steps; "
@@ -179,7 +186,10 @@ def _check_local(field: str, url: str, files: tuple[str, ...]) -> None:
         raise UserError(f"{field}: no folder {url}; put it there, or --set {field}=...")
     for file in files:
         if not os.path.isfile(os.path.join(path, file)):
-            raise UserError(f"{field}: {url} has no {file}; it is not what `loupe data build` or diffusers writes")
+            hint = "; name subfolders with weights_folder and tokenizer_folder" if "encoders" in field else ""
+            raise UserError(
+                f"{field}: {url} has no {file}; it is not what `loupe data build` or diffusers writes{hint}"
+            )
     if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
         raise UserError(
             f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"

@@ -30,7 +30,7 @@ def status_of(folder: RunFolder) -> Status:
     return Status(
         name=name,
         state=_state(folder, job),
-        last=files[-1].records[-1] if files else None,
+        last=next((file.records[-1] for file in reversed(files) if file.records), None),
         starts=len(folder.names("attempts")),
         restarts=dict(restarts),
     )

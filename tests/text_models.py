@@ -109,7 +109,7 @@ def write_sd3(
     def part(number: str, family: str, width: int, **more: Any) -> EncoderConfig:
         return EncoderConfig(
             family=family, url=str(root), width=width, weights_folder=f"text_encoder{number}",
-            tokenizer_folder=f"tokenizer{number}", null="zeros", dropout=0.464, **more,
+            tokenizer_folder=f"tokenizer{number}", null_text="zeros", dropout=0.464, **more,
         )  # fmt: skip
 
     return FrozenTextConfig(

@@ -54,8 +54,13 @@ def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 def _assign(tree: Any, path: str, value: Any) -> None:
     *parents, last = path.split(".")
     node = tree
-    for part in parents:
+    for i, part in enumerate(parents):
         node = node[_key_in(node, part, path)]
+        if node is None:
+            section, rest = ".".join(parents[: i + 1]), path.split(".", i + 1)[-1]
+            raise UserError(
+                f"--set {path}: {section} is absent; set it whole, for example --set '{section}={{{rest}: ...}}'"
+            )
     if isinstance(node, dict) and last not in node:
         node[last] = value  # validation says whether the field exists and what was meant
     else:

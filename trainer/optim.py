@@ -118,9 +118,9 @@ class UpdateRatio:
         self._value = (squares[0] / squares[1]).sqrt()
 
     def take(self) -> float | None:
-        """The last one measured; waits for the device."""
+        """The last one measured, None where the step was refused; waits for the device."""
         value, self._value = self._value, None
-        return None if value is None else value.item()
+        return (value.item() or None) if value is not None else None
 
 
 def _sum_of_squares(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -29,6 +29,12 @@ class Reports:
         if self._world.is_main:
             print(text, flush=True)
 
+    def note(self, text: str) -> None:
+        """Something to know before the first step: printed, and recorded, so that the launcher shows it."""
+        self.print(text)
+        if self._records:
+            self._records.write({"time": time.time(), "note": text})
+
     def flush(self) -> None:
         """What is recorded of a step must be there when the step is durable."""
         if self._records:

@@ -17,7 +17,7 @@ from data.reader import Dataset, open_dataset
 from trainer import metric_names
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig, check_layout, explain_digests, resolve_url, run_digest
-from trainer.errors import ExitCode
+from trainer.errors import ExitCode, UserError
 from trainer.evaluate.prompt_accuracy import encode_dataset, prompt_accuracy
 from trainer.evaluate.sampling import sample_prompts
 from trainer.metrics import Exporter
@@ -39,6 +39,7 @@ SAVE_TIMEOUT = timedelta(hours=2)
 
 def run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> ExitCode:
     """Train until done or stopped. After an error the process groups are left as they are: other ranks may never answer."""
+    check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))  # before ranks form a mesh that cannot be
     world = init_world(num_threads=config.parallel.num_threads, replicas=config.parallel.replicas)
     code = Run(config, folder, world, stop).train()
     dist.destroy_process_group()
@@ -50,7 +51,6 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: RunFolder, world: World, stop: StopRequest) -> None:
         self.config, self.folder, self.world = config, folder, world
-        check_layout(config, world.size)
         if world.is_main:
             folder.claim(config)
         self.attempt = world.broadcast(self._register() if world.is_main else 0)
@@ -62,9 +62,7 @@ class Run:
         }
         task_class = LatentDiffusionTask if config.task.kind == "latent_diffusion" else AutoencoderTask
         self.task: LatentDiffusionTask | AutoencoderTask = task_class(config, world.device)
-        for warning in self.task.check():
-            if world.is_main:
-                print(f"WARNING: {warning}", flush=True)
+        warnings = [*self.task.check(), *self._check_data()]
         parallelize(self.task.module, self.task.sharding_units(), world, config.parallel)
         self.exporter = self._serve_metrics()
         self.planner = StepPlanner(config, {name: d.shard_sizes for name, d in self.datasets.items()})
@@ -93,10 +91,30 @@ class Run:
                 self._write_init_report,
             ),
         )
+        for warning in warnings:
+            self.trainer.reports.note(f"WARNING: {warning}")
 
     def _write_init_report(self, report: dict[str, Any]) -> None:
         if self.world.is_main:
             self.folder.write_json("init_report.json", report)
+
+    def _check_data(self) -> list[str]:
+        """Refuse labels that the text encoder does not know; warn of what training does not stumble over."""
+        warnings = []
+        text = self.config.task.text if self.config.task.kind == "latent_diffusion" else None
+        for name, dataset in self.datasets.items():
+            if text and text.kind == "classes" and dataset.class_names and len(dataset.class_names) > text.num_classes:
+                raise UserError(
+                    f"task.text.num_classes: {text.num_classes}, but dataset {name} has {len(dataset.class_names)} "
+                    f"classes; set it to {len(dataset.class_names)}"
+                )
+            largest = max(phase.resolution for phase in self.config.phases)
+            if dataset.short_side and dataset.short_side < largest:
+                warnings.append(
+                    f"data.datasets.{name}: images of {dataset.short_side} px are enlarged to {largest} px; build it with "
+                    f"--size {largest}"
+                )
+        return warnings
 
     def _register(self) -> int:
         return self.folder.start_attempt(

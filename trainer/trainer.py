@@ -130,7 +130,11 @@ class Trainer:
                     f"stopping at step {self.progress.step} as asked ({self.stop.received or 'another rank'})"
                 )
                 self._report(plan)
-                self._save(wait=True)
+                if self._roll_back_due:
+                    self._await_earlier_save()
+                    self.reports.print("not saved: too many spikes, the next start goes on from the checkpoint before")
+                else:
+                    self._save(wait=True)
                 return ExitCode.REQUEUE
             if "save_failed" in agreed:
                 self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
@@ -274,6 +278,8 @@ class Trainer:
 
     def _save_is_due(self, plan: StepPlan) -> bool:
         done = plan.step + 1
+        if self.spikes and plan.ends_phase:
+            return True  # no roll back goes behind the beginning of a phase, whose data may be another mix
         return done == self.total_steps or done % self.config.checkpoint.every_steps == 0
 
     @contextmanager
@@ -373,7 +379,8 @@ class Trainer:
     def _warm_start(self, config: InitFromConfig) -> None:
         report = warm_start(self.task.module, self.ema, config, self.world)
         self.progress.init_from = report.source
-        self.reports.print("\n".join(report.lines()))
+        for line in report.lines():
+            self.reports.note(line)
         if self.actions.on_warm_start:
             self.actions.on_warm_start(report.to_json())
 

@@ -20,11 +20,11 @@ from tests.distributed.test_variants import class_folders
 from tests.tiny import tiny
 from trainer import optim, train_state
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config import ParallelConfig, RunConfig
+from trainer.config import ParallelConfig, RunConfig, check_layout
 from trainer.ema import EMA, host_mesh
 from trainer.errors import ExitCode, UserError
 from trainer.parallel.apply import apply_activation_checkpointing, begin_micro_batch, parallelize
-from trainer.parallel.world import World, init_world
+from trainer.parallel.world import World
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tensors import full, local
 
@@ -207,8 +207,8 @@ def block() -> nn.Sequential:
 
 
 def test_replicas_must_divide_the_ranks() -> None:
-    with pytest.raises(UserError, match=r"parallel\.replicas: 2 copies of the model do not divide the 1 ranks"):
-        init_world(replicas=2)
+    with pytest.raises(UserError, match=r"parallel\.replicas: 2 copies of the model, but 1 ranks are no multiple"):
+        check_layout(tiny("parallel.replicas=2"), 1)
 
 
 # ------------------------------------------------------------------------------------------------- gathers, by counting

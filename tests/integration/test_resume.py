@@ -19,6 +19,8 @@ from trainer.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 WORLD_SIZE = 2
+SPIKES = ("optim.spikes={sigma: 100, window_steps: 8}",)
+"""None occurs, but the window of past losses is part of what must come back."""
 
 
 def start(config: RunConfig, folder: Path) -> list[subprocess.Popen]:
@@ -66,7 +68,7 @@ def trace(folder: Path) -> list[tuple[int, dict[str, float], float]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dict[str, float], float]]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert finish(start(tiny(), folder)) == [0, 0]
+    assert finish(start(tiny(*SPIKES), folder)) == [0, 0]
     assert len(trace(folder)) == 20
     return trace(folder)
 
@@ -74,12 +76,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dic
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_stopped_run_resumes_at_the_very_step_with_bit_equal_losses(number, undisturbed, tmp_path) -> None:
     folder = tmp_path / "run"
-    ranks = start(tiny(), folder)
+    ranks = start(tiny(*SPIKES), folder)
     at_step(folder, 6, ranks, lambda: ranks[1].send_signal(number))  # one rank alone: the others must hear of it
     assert finish(ranks) == [ExitCode.REQUEUE] * WORLD_SIZE
     stopped_at = trace(folder)[-1][0]
     assert 6 <= stopped_at < 20
-    assert finish(start(tiny(), folder)) == [ExitCode.DONE] * WORLD_SIZE
+    assert finish(start(tiny(*SPIKES), folder)) == [ExitCode.DONE] * WORLD_SIZE
     assert trace(folder) == undisturbed
     second = [r for r in (folder / "metrics" / "0001.jsonl").read_text().splitlines() if f'"step": {stopped_at},' in r]
     assert not second  # no step was done twice
@@ -89,18 +91,18 @@ def test_a_stopped_run_resumes_at_the_very_step_with_bit_equal_losses(number, un
 
 def test_a_killed_run_repeats_from_its_checkpoint_with_bit_equal_losses(undisturbed, tmp_path) -> None:
     folder = tmp_path / "run"
-    ranks = start(tiny(), folder)
+    ranks = start(tiny(*SPIKES), folder)
     at_step(folder, 8, ranks, ranks[1].kill)
     ranks[0].wait(timeout=240) if ranks[0].poll() is None else None
     codes = finish(ranks)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.STOP)  # a crash, to be restarted
-    assert finish(start(tiny(), folder)) == [ExitCode.DONE] * WORLD_SIZE
+    assert finish(start(tiny(*SPIKES), folder)) == [ExitCode.DONE] * WORLD_SIZE
     assert trace(folder) == undisturbed
 
 
 def test_a_finished_run_has_nothing_to_do(undisturbed, tmp_path_factory) -> None:
     folder = next(tmp_path_factory.getbasetemp().glob("undisturbed*")) / "run"
     before = (folder / "summary.json").stat().st_mtime
-    assert finish(start(tiny(), folder)) == [ExitCode.DONE] * WORLD_SIZE
+    assert finish(start(tiny(*SPIKES), folder)) == [ExitCode.DONE] * WORLD_SIZE
     assert (folder / "summary.json").stat().st_mtime == before

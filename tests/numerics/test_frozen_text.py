@@ -227,7 +227,7 @@ def test_clip_pools_through_its_projection_where_its_width_is_declared(tmp_path)
 
 @torch.no_grad()
 def test_a_dropped_encoder_gives_its_null_and_the_others_do_not_notice(declared) -> None:
-    clip, t5 = declared["clip"], replace(declared["t5"], null="zeros")
+    clip, t5 = declared["clip"], replace(declared["t5"], null_text="zeros")
     text = text_of(clip, t5)
     assert text.dropouts == (0.0, 0.0)
     whole = text(text.prepare(["a fox", "a dog", None, ""]))

@@ -89,14 +89,12 @@ def _check_resolutions(task: LatentDiffusionConfig, phases: tuple[PhaseConfig, .
     for i, phase in enumerate(phases):
         patches, rest = divmod(phase.resolution, multiple)
         if rest:
-            field = (
-                "patch_size"
-                if model.kind != "unet"
-                else "block_out_channels, which halve the latents so that they need"
-            )
+            field = f"patch_size {model.latent_multiple}"
+            if model.kind == "unet":
+                field = f"block_out_channels' {model.latent_multiple}, of {len(model.block_out_channels)} levels"
             raise ValueError(
                 f"phases.{i}.resolution: {phase.resolution} px is no multiple of {multiple}: the codec's downsampling of "
-                f"{codec.downsampling} times task.model.{field} {model.latent_multiple}"
+                f"{codec.downsampling} times task.model.{field}; take {(patches + 1) * multiple}"
             )
         if model.kind == "mmdit" and patches > model.position_grid:
             raise ValueError(
@@ -111,6 +109,8 @@ REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "name")
 NO_NUMBERS = {
     "data": ("num_workers", "prefetch_steps", "timeout_s", "cache_dir", "max_bad_samples"),
     "optim": ("max_skipped_in_a_row",),
+    "optim.spikes": ("max_roll_backs",),
+    "task.text": ("cache_mib",),
     "ema": ("offload",),
     "parallel": (
         "replicas", "reshard_after_forward", "micro_batch_size", "keep_gathered", "activation_checkpointing", "compile",
@@ -128,9 +128,12 @@ def config_digest(config: RunConfig) -> str:
 def _numbers(config: RunConfig) -> dict[str, Any]:
     """What the digest is of."""
     tree = config.model_dump(mode="json", exclude=set(REPORTING))
-    for section, fields in NO_NUMBERS.items():
+    for path, fields in NO_NUMBERS.items():
+        section: Any = tree
+        for name in path.split("."):
+            section = (section or {}).get(name)
         for field in fields:
-            tree[section].pop(field)
+            (section or {}).pop(field, None)  # not every run has such a section, nor every kind of it the field
     return tree
 
 
@@ -197,7 +200,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     replicas, micro = config.parallel.replicas, config.parallel.micro_batch_size
     if world_size % replicas:
         raise UserError(
-            f"parallel.replicas: {replicas} copies of the model do not divide the {world_size} ranks; take a divisor"
+            f"parallel.replicas: {replicas} copies of the model, but {world_size} ranks are no multiple of it"
         )
     for phase in config.phases:
         per_rank, rest = divmod(phase.batch_size, world_size)

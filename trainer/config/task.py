@@ -53,7 +53,7 @@ class EncoderConfig(Section):
     padding: Literal["masked", "seen"] = "masked"
     """Whether tokens behind a caption's end are hidden, from the encoder and the denoiser; or seen by both, as Stable
     Diffusion 3 was trained."""
-    null: Literal["empty", "zeros"] = "empty"
+    null_text: Literal["empty", "zeros"] = "empty"
     """What a dropped caption is to this encoder: the empty caption, or zeros."""
 
 

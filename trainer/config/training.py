@@ -34,6 +34,8 @@ class RateScheduleConfig(Section):
             raise ValueError(
                 f"decay_steps: {self.decay_steps} does not go with {self.kind}; wsd needs some, others have none"
             )
+        if self.kind == "constant" and self.final_factor:
+            raise ValueError(f"final_factor: {self.final_factor:g} does not go with constant; take cosine or wsd")
         return self
 
 
@@ -70,7 +72,9 @@ tables of tokens, classes and positions; vectors: biases and the norms' scales."
 
 
 class SpikeConfig(Section):
-    """What to do about a step whose loss or gradient norm leaves the range of the steps before it."""
+    """What to do about a step whose loss or gradient norm leaves the range of the steps before it. Where a roll back goes
+    depends on `checkpoint.every_steps`, and by a step on `metrics.every_steps`: of a run that rolls back, these two change
+    the numbers."""
 
     sigma: PositiveFloat = 6.0
     """A step beyond the mean by more standard deviations than this is skipped, and counted."""
@@ -82,13 +86,16 @@ class SpikeConfig(Section):
     """Of the whole run; one more stops it."""
 
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     kind: Literal["adamw", "muon"] = "adamw"
     """muon: matrices by Muon (Jordan et al. 2024; torch.optim.Muon with AdamW's update size), all else by AdamW. Its
     orthogonalisation computes in bf16, so layouts over ranks agree to about 1e-3 only, and the host waits once a step."""
     implementation: Literal["fused", "foreach"] = "fused"
     """Of AdamW. foreach makes the host wait for the device once a step."""
-    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.03
     decay_groups: tuple[ParameterGroup, ...] = ("matrices", "modulation", "embeddings")

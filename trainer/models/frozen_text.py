@@ -271,5 +271,5 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def _captions_of(encoder: EncoderConfig, captions: Sequence[str | None], dropped: Sequence[bool]) -> list[str | None]:
     """What an encoder is given for each sample: a caption, or None for zeros."""
-    null = "" if encoder.null == "empty" else None
+    null = "" if encoder.null_text == "empty" else None
     return [null if drop or caption is None else caption for caption, drop in zip(captions, dropped, strict=True)]

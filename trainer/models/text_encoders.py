@@ -138,16 +138,20 @@ class ByteEncoder(TextEncoder):
 
 
 class ClassEncoder(TextEncoder):
-    """Class labels: one learned vector a class, as the only token and as the pooled text; one more for no class."""
+    """Class labels: one learned vector a class, as the only token and as the pooled text; one more for no class.
 
-    def __init__(self, config: ClassLabelConfig) -> None:
+    `labels_only`: no vectors, for a denoiser that has its own.
+    """
+
+    def __init__(self, config: ClassLabelConfig, *, labels_only: bool = False) -> None:
         super().__init__()
         self.num_classes = config.num_classes
         self.token_width = self.pooled_width = config.width
-        self.embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.embedding = None if labels_only else nn.Embedding(config.num_classes + 1, config.width)
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def prepare(
         self,
@@ -165,24 +169,30 @@ class ClassEncoder(TextEncoder):
             label = labels[i] if labels is not None else int(caption) if caption.strip().isdigit() else -1
             if not 0 <= label < self.num_classes:
                 given = f"label {label}" if labels is not None else f"prompt {caption!r}"
-                raise UserError(
-                    f"task.text.num_classes: {given} is no class of 0..{self.num_classes - 1}; "
-                    "take a dataset with labels, or text.kind: bytes for captions"
-                )
+                mend = "take a dataset with labels, or text.kind: bytes for captions"
+                if label >= self.num_classes:
+                    mend = "set it to the number of the dataset's classes"
+                elif labels is None:
+                    mend = "give the class's number"
+                raise UserError(f"task.text.num_classes: {given} is no class of 0..{self.num_classes - 1}; {mend}")
             chosen.append(label)
         ids = torch.tensor(chosen)[:, None]
         return TokenInput(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def forward(self, text: TokenInput) -> Condition:
+        if self.embedding is None:
+            return Condition(text.ids_BL.new_zeros(len(text.ids_BL), 0, 0), labels_B=text.ids_BL[:, 0])
         tokens_B1T = self.embedding(text.ids_BL)
         return Condition(
             tokens_B1T, tokens_B1T[:, 0], labels_B=text.ids_BL[:, 0]
         )  # no mask: it would rule out flash attention
 
 
-def build_text_encoder(config: TextConfig, device: torch.device | None = None) -> TextEncoder:
+def build_text_encoder(
+    config: TextConfig, device: torch.device | None = None, *, labels_only: bool = False
+) -> TextEncoder:
     """The encoder of a config. Trainable ones are made where torch's default device is, without weights; frozen ones are
-    read from their files onto `device`, by default the CPU.
+    read from their files onto `device`, by default the CPU. `labels_only`: the denoiser has vectors of its own for classes.
 
     Raises:
         UserError: a frozen encoder's files are missing, damaged, or not what the config declares.
@@ -190,7 +200,7 @@ def build_text_encoder(config: TextConfig, device: torch.device | None = None) -
     if isinstance(config, ByteTextConfig):
         return ByteEncoder(config)
     if isinstance(config, ClassLabelConfig):
-        return ClassEncoder(config)
+        return ClassEncoder(config, labels_only=labels_only)
     from trainer.models.frozen_text import FrozenText  # imports transformers, which takes seconds
 
     return FrozenText(config, device or torch.device("cpu"))

@@ -49,16 +49,12 @@ def init_world(*, num_threads: int = 0, timeout_s: float = 600.0, replicas: int 
     """Join the job that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or be alone.
 
     Args:
-        replicas: whole copies of the model, each sharded over size / replicas neighbouring ranks.
+        replicas: whole copies of the model, each sharded over size / replicas neighbouring ranks; must divide the size.
 
     Raises:
-        UserError: the rank's GPU is not there, or the replicas do not divide the ranks.
+        UserError: the rank's GPU is not there.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size % replicas:
-        raise UserError(
-            f"parallel.replicas: {replicas} copies of the model do not divide the {size} ranks; take a divisor"
-        )
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     wanted = os.environ.get("LOUPE_DEVICE")  # launchers say; a job that asked for GPUs must not train on CPU unawares

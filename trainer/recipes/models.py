@@ -84,6 +84,7 @@ def finetune() -> RunConfig:
         name="finetune",
         task=replace(
             run.task,
+            caption_dropout=0.1,
             text=replace(sd3_text(SD3_ROOT, t5_tokens=256, dropout=0.1, padding="seen"), cache_mib=4096),
         ),
         init_from=InitFromConfig(url=f"{SD3_ROOT}/transformer"),

@@ -1,9 +1,9 @@
 """The runs of the latent perceptual loss's paper (Berrada et al., ICLR 2025), each as DDPM-eps, DDPM-v and flow matching.
 
 The paper gives phases, EMA, LPL, guidance and the MMDiT's size. Batch size, learning rate, weight decay, warm-up, the text
-encoders, and how positions grow are not given: those here are ours, and so is the reading of the 796M parameters (here 816M: one set
-of weights for image and text, one modulation for all blocks). Hours are counted, not measured: FLOPs of the step at 40 % of
-64 H100s' data sheet. Expect more where storage or network is slow.
+encoders, and how positions grow are not given: those here are ours, and so is the reading of the 796M parameters (here 816M:
+one set of weights for image and text, one modulation for all blocks). Hours are counted, not measured: FLOPs of the step at
+40 % of 64 H100s' data sheet. Expect more where storage or network is slow.
 
 What they need beside this code, in the folder that they are submitted from, or anywhere with `--set`:
     models/asymmetric-autoencoder   the x1.5 asymmetric autoencoder, as diffusers wrote it (config.json and safetensors)
@@ -44,7 +44,7 @@ EMA, EMA_WITH_LPL = 0.9999, 0.99975
 
 
 def mmdit_796m() -> MMDiTConfig:
-    """28 blocks, 1,536 wide: the paper's size, in the layout that has 796M parameters."""
+    """28 blocks, 1,536 wide: the paper's size, in the layout that comes nearest to 796M parameters: 816M with classes."""
     return MMDiTConfig(
         num_blocks=28, num_heads=24, head_dim=64, layout="shared", position_grid=64, base_grid=16,
         position_growth="stretch",
@@ -94,7 +94,7 @@ CLASSES = ClassLabelConfig(num_classes=1000, width=768)
 def imagenet_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     """ImageNet classes at 256 px: 600k steps, then 200k more without LPL, the paper's baseline.
 
-    Hardware: 64 H100 with 80 GB (32 images a rank); about 35 hours. The paper: FID 2.98 as DDPM-eps (Table 2).
+    Hardware: 64 H100 with 80 GB (32 images a rank); about 28 hours. The paper: FID 2.98 as DDPM-eps (Table 2).
     `datasets/imagenet` with labels.
     """
     return _run("imagenet_256", paradigm, "imagenet", CLASSES, (PRETRAIN, POST_256), 1.5)
@@ -103,7 +103,7 @@ def imagenet_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
 def imagenet_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     """ImageNet classes: 600k steps at 256 px, then 120k at 512 px with LPL, as one job.
 
-    Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 26 + 37 hours. The paper: FID 3.79 as DDPM-eps, 3.84 as
+    Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 21 + 36 hours. The paper: FID 3.79 as DDPM-eps, 3.84 as
     DDPM-v, 3.61 as flow, against 4.88, 4.72, 4.54 without LPL (Table 3). `datasets/imagenet` with labels.
     """
     return _run("imagenet_512_lpl", paradigm, "imagenet", CLASSES, (PRETRAIN, POST_512_LPL), 2.0)
@@ -122,7 +122,7 @@ def cc12m_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
 def cc12m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     """Captions of CC12M: 600k steps at 256 px, then 120k at 512 px with LPL, as one job.
 
-    Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 26 + 37 hours. The paper, from ImageNet pre-training: FID
+    Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 27 + 37 hours. The paper, from ImageNet pre-training: FID
     6.22, CLIPScore 25.12 as DDPM-eps (Table 2). Recaptioned, faces blurred.
     """
     return _run("cc12m_512_lpl", paradigm, "cc12m", sdxl_text("models/sdxl"), (PRETRAIN, POST_512_LPL), 2.0)
@@ -131,7 +131,7 @@ def cc12m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
 def s320m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     """Hundreds of millions of captioned images: 600k steps at 256 px, then 120k at 512 px with LPL, as one job.
 
-    Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 26 + 37 hours. The paper, on 320M stock images of its own:
+    Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 27 + 37 hours. The paper, on 320M stock images of its own:
     FID 8.30 and CLIPScore 24.41 against 8.81 and 24.39 without LPL, as DDPM-eps (Table 2).
     """
     return _run("s320m_512_lpl", paradigm, "s320m", sdxl_text("models/sdxl"), (PRETRAIN, POST_512_LPL), 2.0)

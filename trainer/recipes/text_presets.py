@@ -29,10 +29,10 @@ def sd3_text(
     return FrozenTextConfig(
         encoders=(
             EncoderConfig(**clip_l, family="clip", width=768, pooled_width=768, hidden_state=-2,
-                          dropout=dropout, null="zeros", padding=padding),
+                          dropout=dropout, null_text="zeros", padding=padding),
             EncoderConfig(**clip_g, family="clip", width=1280, pooled_width=1280, hidden_state=-2, join="channels",
-                          dropout=dropout, null="zeros", padding=padding),
-            EncoderConfig(**t5, family="t5", width=4096, max_tokens=t5_tokens, dropout=dropout, null="zeros",
+                          dropout=dropout, null_text="zeros", padding=padding),
+            EncoderConfig(**t5, family="t5", width=4096, max_tokens=t5_tokens, dropout=dropout, null_text="zeros",
                           padding=padding),
         )
     )  # fmt: skip
@@ -47,9 +47,9 @@ def sdxl_text(root_url: str) -> FrozenTextConfig:
     )
     return FrozenTextConfig(
         encoders=(
-            EncoderConfig(**clip_l, family="clip", width=768, hidden_state=-2, null="zeros"),
+            EncoderConfig(**clip_l, family="clip", width=768, hidden_state=-2, null_text="zeros"),
             EncoderConfig(**clip_g, family="clip", width=1280, pooled_width=1280, hidden_state=-2, join="channels",
-                          null="zeros"),
+                          null_text="zeros"),
         )
     )  # fmt: skip
 

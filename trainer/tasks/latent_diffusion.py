@@ -29,7 +29,7 @@ class TextToImage(nn.Module):
     def __init__(self, config: LatentDiffusionConfig) -> None:
         super().__init__()
         text = config.text
-        self.text = None if text.kind == "frozen" else build_text_encoder(text)
+        self.text = None if text.kind == "frozen" else build_text_encoder(text, labels_only=config.model.kind == "dit")
         self.denoiser = build_denoiser(
             config.model,
             latent_channels=config.codec.latent_channels,

@@ -77,3 +77,15 @@ def test_works_on_object_storage() -> None:
     assert [r["step"] for file in tail.poll() for r in file.records] == [2]
     folder.write_json("summary.json", {})
     assert "summary:       memory://console-test/summary.json" in where_things_are(folder)
+
+
+def test_what_an_attempt_says_before_its_first_step_is_shown_once(tmp_path) -> None:
+    folder, said = RunFolder(str(tmp_path)), list[str]()
+    writer = folder.metrics_writer(0)
+    writer.write({"time": 0.0, "note": "begins with 3 tensors of a run"})
+    follower = Follower(folder, PlainDisplay(said.append), from_now=False)
+    follower.poll()
+    follower.poll()
+    assert said == ["begins with 3 tensors of a run"]
+    assert folder.metrics() == []
+    writer.close()

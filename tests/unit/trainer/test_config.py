@@ -99,6 +99,16 @@ def test_digest_follows_the_numbers_and_not_the_reporting() -> None:
         assert config_digest(with_overrides(demo, [setting])) != config_digest(demo)
 
 
+def test_digest_leaves_out_limits_and_memory_within_sections() -> None:
+    encoder = "{family: t5, url: x, width: 8, pooled_width: 8}"
+    text = f"task.text={{kind: frozen, encoders: [{encoder}]}}"
+    run = with_overrides(load("demo"), [text, "optim.spikes={sigma: 6}"])
+    for setting in ("task.text.cache_mib=64", "optim.spikes.max_roll_backs=1"):
+        assert config_digest(with_overrides(run, [setting])) == config_digest(run)
+    for setting in ("task.text.encoders.0.null_text=zeros", "optim.spikes.sigma=7", "optim.spikes=null"):
+        assert config_digest(with_overrides(run, [setting])) != config_digest(run)
+
+
 def test_layout_that_does_not_divide_is_refused() -> None:
     demo = load("demo")
     check_layout(demo, 4)
@@ -121,3 +131,8 @@ def test_repo_urls_stay_within_the_code() -> None:
 def test_replace_validates() -> None:
     with pytest.raises(ValidationError, match="names must differ"):
         replace(load("demo"), phases=load("demo").phases[:1] * 2)
+
+
+def test_a_field_of_an_absent_section_says_how_to_set_it() -> None:
+    with pytest.raises(UserError, match=r"optim\.spikes is absent; set it whole, .*'optim\.spikes=\{sigma: \.\.\.\}'"):
+        with_overrides(load("demo"), ["optim.spikes.sigma=4"])
