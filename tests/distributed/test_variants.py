@@ -30,6 +30,8 @@ from trainer.run_folder import RunFolder
 
 EMOJI = str(CODE_ROOT / "data" / "assets" / "emoji_64")
 SHORT = ("phases.low_resolution.steps=2", "phases.full_resolution.steps=2", "phases.perceptual.steps=2")
+SAMPLER = "samples={{every_steps: 4, count: 2, sampler: {}, num_steps: 2}}"
+MIN_SNR = "task.paradigm.weighting=min_snr"
 PICTURES = (
     "samples={every_steps: 3, count: 4, sampler: ddim, num_steps: 4}",
     "prompt_accuracy={num_prompts: 8}",
@@ -69,6 +71,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     overrides: dict[str, tuple[str, ...]] = {
         "eps": ("task.paradigm.kind=ddpm_eps", *SHORT, *PICTURES),
         "v": ("task.paradigm.kind=ddpm_v", *SHORT, *PICTURES),
+        "heun": (*SHORT, SAMPLER.format("heun"), "task.paradigm.timestep_density=cosmap", MIN_SNR),
+        "rk4": (*SHORT, SAMPLER.format("rk4"), "task.paradigm.timestep_density=logit_normal"),
         "classes": (
             "task.text={kind: classes, num_classes: 2, width: 32}",
             f"data.datasets.emoji.url={class_folders(folder)}",
@@ -176,3 +180,13 @@ def test_too_many_unreadable_images_stop_the_run(runs) -> None:
     assert "data.max_bad_samples: 1 samples were unreadable, the limit is 0" in codes["too_many"]
     assert not (folder / "too_many" / "summary.json").exists()
     shutil.rmtree(folder / "too_many")
+
+
+@pytest.mark.parametrize("sampler", ["heun", "rk4"])
+def test_pictures_by_samplers_of_higher_order_and_other_densities(sampler, runs) -> None:
+    folder, codes = runs
+    assert codes[sampler] == ExitCode.DONE
+    pictures = sorted(path.name for path in (folder / sampler / "samples").iterdir())
+    assert pictures == ["final.png", "step-00000004.png"]
+    assert all("denoising_weighted" in step for step in losses(str(folder / "heun")))
+    assert not any("denoising_weighted" in step for step in losses(str(folder / "rk4")))

@@ -188,44 +188,35 @@ class UNetConfig(Section):
         return self
 
 
-class DiTConfig(Section):
+class PatchTransformerConfig(Section):
+    """What diffusers' transformers over patches have in common."""
+
+    num_blocks: PositiveInt = 28
+    num_heads: PositiveInt = 16
+    head_dim: PositiveInt = 72
+    patch_size: PositiveInt = 2
+    base_grid: PositiveInt = 16
+    """Patches a side at which positions are counted one by one; other sizes stretch over the same range."""
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def latent_multiple(self) -> int:
+        return self.patch_size
+
+
+class DiTConfig(PatchTransformerConfig):
     """DiT (Peebles & Xie 2023), class-conditional, diffusers' `DiTTransformer2DModel`."""
 
     kind: Literal["dit"] = "dit"
-    num_blocks: PositiveInt = 28
-    num_heads: PositiveInt = 16
-    head_dim: PositiveInt = 72
-    patch_size: PositiveInt = 2
-    base_grid: PositiveInt = 16
-    """Patches a side at which positions are counted one by one; other sizes stretch over the same range."""
-
-    @property
-    def width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def latent_multiple(self) -> int:
-        return self.patch_size
 
 
-class PixArtConfig(Section):
+class PixArtConfig(PatchTransformerConfig):
     """PixArt-alpha (Chen et al. 2024), text by cross-attention, diffusers' `PixArtTransformer2DModel`."""
 
     kind: Literal["pixart"] = "pixart"
-    num_blocks: PositiveInt = 28
-    num_heads: PositiveInt = 16
-    head_dim: PositiveInt = 72
-    patch_size: PositiveInt = 2
-    base_grid: PositiveInt = 16
-    """Patches a side at which positions are counted one by one; other sizes stretch over the same range."""
-
-    @property
-    def width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def latent_multiple(self) -> int:
-        return self.patch_size
 
 
 DenoiserConfig = Annotated[MMDiTConfig | UNetConfig | DiTConfig | PixArtConfig, Field(discriminator="kind")]
