@@ -137,8 +137,11 @@ class Trainer:
                     self._save(wait=True)
                 return ExitCode.REQUEUE
             if "save_failed" in agreed:
-                self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
-                self.checkpoints.finish()  # raises what went wrong, on all ranks at this step
+                try:
+                    self.checkpoints.finish()  # raises what went wrong, on all ranks at this step
+                except (UserError, CheckpointError):
+                    self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
+                    raise
             watch.lap()
         return ExitCode.DONE
 

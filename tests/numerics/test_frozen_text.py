@@ -365,7 +365,6 @@ def test_the_cache_does_not_keep_padding_of_t5(declared) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_on_a_gpu_in_bf16_with_states_kept_on_the_host(sd3) -> None:
     device = torch.device("cuda", 0)
