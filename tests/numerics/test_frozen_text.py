@@ -123,6 +123,15 @@ def test_padding_that_is_seen_is_as_in_diffusers_sd3(sd3) -> None:
     assert text.cache.hits == 6
 
 
+@torch.no_grad()
+def test_the_pooled_mean_is_over_real_tokens_also_where_padding_is_seen(declared) -> None:
+    encoder = load(declared["t5"], padding="seen")
+    states, pooled, tokens = encode(encoder, SHORT)
+    real = tokens.mask_BL[0]
+    assert not real.all()
+    torch.testing.assert_close(pooled[0], states[0, real].mean(0), atol=1e-6, rtol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------------------- padding
 
 

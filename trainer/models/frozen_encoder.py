@@ -36,8 +36,8 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.config import EncoderConfig
-from trainer.errors import UserError
-from trainer.models.text_files import EncoderFiles, encoder_files, one_line
+from trainer.errors import UserError, one_line
+from trainer.models.text_files import EncoderFiles, encoder_files
 
 MODEL_TYPES: dict[str, tuple[str, ...]] = {
     "clip": ("clip_text_model", "clip"),
@@ -111,13 +111,14 @@ class FrozenEncoder(nn.Module):
             )
         states_BLT: Tensor = out.hidden_states[config.hidden_state] if wanted else out.last_hidden_state
         states_BLT = states_BLT[:, : ids_BL.shape[1]]
+        real_BLT = states_BLT * mask_BL[..., None]
         if self.zero_padding:
-            states_BLT = states_BLT * mask_BL[..., None]
+            states_BLT = real_BLT
         if config.pooled_width is None:
             return states_BLT, None
         if config.family in ("clip", "siglip"):
             return states_BLT, out.text_embeds if "text_embeds" in out else out.pooler_output
-        mean_BT = states_BLT.float().sum(1) / mask_BL.sum(1, keepdim=True)
+        mean_BT = real_BLT.float().sum(1) / mask_BL.sum(1, keepdim=True)
         return states_BLT, mean_BT.to(states_BLT.dtype)
 
 
