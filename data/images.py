@@ -11,6 +11,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from trainer.errors import one_line
+
 MAX_PIXELS = 1 << 26
 """Largest image that is decoded: 64 megapixels, 192 MiB."""
 
@@ -63,7 +65,7 @@ def read_image(data: bytes, *, min_side: int | None = None) -> NDArray[np.uint8]
     except (ImageError, MemoryError):
         raise
     except Exception as e:  # decoders meet damage with a dozen types; whichever it is, the image is at fault
-        raise ImageError("undecodable", f"{kind}: {' '.join(str(e).split()) or type(e).__name__}") from e
+        raise ImageError("undecodable", f"{kind}: {one_line(e)}") from e
 
 
 def _read_jpeg(data: bytes, min_side: int | None) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 import click
 
 from launch.entry import run_command
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 SUBCOMMANDS = {
     "submit": ("launch.slurm:main", "Train a recipe: on SLURM or on this machine."),
@@ -134,7 +134,7 @@ def _existing(run: str):  # type: ignore[no-untyped-def]  # RunFolder would impo
         folder = RunFolder(run)
         found = folder.exists(CONFIG)
     except (ValueError, ImportError, OSError) as e:
-        raise UserError(f"{run}: {' '.join(str(e).split())}") from None
+        raise UserError(f"{run}: {one_line(e)}") from None
     if not found:
         raise UserError(f"{run}: no run there (no {CONFIG}); give a run folder such as runs/demo")
     return folder

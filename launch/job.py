@@ -20,7 +20,7 @@ from launch import snapshot
 from trainer import recipes
 from trainer.config import CODE_ROOT, RunConfig, check_layout, resolve_url
 from trainer.config_text import with_overrides
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.phases import Schedule
 from trainer.run_folder import CONFIG, JOB, RunFolder
 
@@ -112,7 +112,7 @@ def absolute_run_dir(run_dir: str | None, recipe: str, config: RunConfig) -> tup
     try:
         folder = RunFolder(run_dir)
     except (ValueError, ImportError, OSError) as e:
-        raise UserError(f"--run-dir {run_dir}: {' '.join(str(e).split())}") from None
+        raise UserError(f"--run-dir {run_dir}: {one_line(e)}") from None
     if folder.is_local:
         path = os.path.abspath(folder.root)
         return path, f"{path}/code"

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from trainer.config import RunConfig, Section
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -23,7 +23,7 @@ def from_yaml(text: str, *, source: str) -> RunConfig:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise UserError(f"{source}: not YAML ({' '.join(str(e).split())})") from None
+        raise UserError(f"{source}: not YAML ({one_line(e)})") from None
     if not isinstance(tree, Mapping):
         raise UserError(f"{source}: not a run's config: expected fields such as name, task, data and phases")
     return parse(tree, source=source)
@@ -46,7 +46,7 @@ def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as e:
-            raise UserError(f"--set {path}: the value is not YAML ({' '.join(str(e).split())})") from None
+            raise UserError(f"--set {path}: the value is not YAML ({one_line(e)})") from None
         _assign(tree, path, value)
     return parse(tree, source="--set")
 

@@ -7,6 +7,11 @@ class UserError(ValueError):
     """Bad input. The message is one line that names the field or file and the mend; it is shown without a traceback."""
 
 
+def one_line(error: BaseException) -> str:
+    """A library's message, fit to stand in one of ours; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class ExitCode(IntEnum):
     """Exit codes of a job's processes; any other code is a crash, restarted within the budget."""
 

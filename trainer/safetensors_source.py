@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -46,7 +46,7 @@ class SafetensorsSource:
                 raise UserError(f"init_from.url: {url} is a whole pipeline; give the folder of one model in it, as "
                                 f"{url}/transformer or {url}/unet")  # fmt: skip
         except OSError as e:
-            raise UserError(f"init_from.url: {url}: cannot be read ({_one_line(e)})") from None
+            raise UserError(f"init_from.url: {url}: cannot be read ({one_line(e)})") from None
         return False
 
     def read(self) -> dict[str, Tensor]:
@@ -73,9 +73,9 @@ class SafetensorsSource:
                 return safetensors.torch.load_file(path)
             return safetensors.torch.load(bytes(self._fs.cat_file(path)))
         except SafetensorError as e:
-            raise UserError(f"{path}: not a whole safetensors file ({_one_line(e)}); copy it again") from None
+            raise UserError(f"{path}: not a whole safetensors file ({one_line(e)}); copy it again") from None
         except OSError as e:
-            raise UserError(f"init_from.url: {path}: cannot be read ({_one_line(e)})") from None
+            raise UserError(f"init_from.url: {path}: cannot be read ({one_line(e)})") from None
 
     def _json(self, name: str) -> dict[str, Any] | None:
         path = f"{self._root}/{name}"
@@ -87,9 +87,9 @@ class SafetensorsSource:
                 raise UserError(f"{path}: {size} bytes, more than {JSON_LIMIT}; it is not what diffusers writes")
             tree = json.loads(self._fs.cat_file(path))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-            raise UserError(f"{path}: not JSON ({_one_line(e)})") from None
+            raise UserError(f"{path}: not JSON ({one_line(e)})") from None
         except OSError as e:
-            raise UserError(f"{path}: cannot be read ({_one_line(e)})") from None
+            raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
         if not isinstance(tree, dict):
             raise UserError(f"{path}: not a JSON object; it is not what diffusers writes")
         return tree
@@ -99,13 +99,9 @@ def _open(url: str) -> tuple[Any, str]:
     try:
         fs, root = url_to_fs(url)
     except (ValueError, ImportError) as e:
-        raise UserError(f"init_from.url: {url} cannot be opened ({_one_line(e)})") from None
+        raise UserError(f"init_from.url: {url} cannot be opened ({one_line(e)})") from None
     return fs, root.rstrip("/")
 
 
 def _is_plain(file: object) -> bool:
     return isinstance(file, str) and file == posixpath.basename(file) and file.endswith(".safetensors")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -137,11 +137,7 @@ class Trainer:
                     self._save(wait=True)
                 return ExitCode.REQUEUE
             if "save_failed" in agreed:
-                try:
-                    self.checkpoints.finish()  # raises what went wrong, on all ranks at this step
-                except (UserError, CheckpointError):
-                    self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
-                    raise
+                self._finish_save()  # raises what went wrong, on all ranks at this step
             watch.lap()
         return ExitCode.DONE
 
@@ -171,9 +167,8 @@ class Trainer:
 
     def _judge(self, loss_B: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(skip, spike, loss): 1.0 on every rank where the step must not count, and the global batch's mean loss."""
-        unfit = ~(
-            norm.isfinite() & loss_B.isfinite().all()
-        )  # a loss may be non-finite on one rank, its gradient finite
+        # a loss may be non-finite on one rank and its gradient finite
+        unfit = ~(norm.isfinite() & loss_B.isfinite().all())
         sums = torch.stack([unfit.double(), loss_B.double().sum()])
         dist.all_reduce(sums)
         loss = sums[1] / (loss_B.numel() * self.world.size)
@@ -353,12 +348,19 @@ class Trainer:
     def _await_earlier_save(self) -> None:
         """Before a save that waits, worth a trial even where the one before has failed; and before a roll back."""
         try:
-            self.checkpoints.finish()
+            self._finish_save()
         except (UserError, CheckpointError) as e:
-            self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
             self.reports.print(f"WARNING: the save of step {self._saved_step} failed ({e})")
             self._saved_step = -1
         self._note_saved()
+
+    def _finish_save(self) -> None:
+        """Wait for the save in the background; one that failed is counted, and its error raised."""
+        try:
+            self.checkpoints.finish()
+        except (UserError, CheckpointError):
+            self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
+            raise
 
     def _note_saved(self) -> None:
         saved = self.checkpoints.poll()

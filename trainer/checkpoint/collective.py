@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -81,7 +81,3 @@ def _failure(error: BaseException, rank: int) -> Failure:
 
 def _error(failure: Failure) -> Exception:
     return KINDS[failure.kind](failure.message)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

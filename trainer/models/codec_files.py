@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.config import resolve_url
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 Autoencoder = AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny
 CLASSES: dict[str, type[Autoencoder]] = {
@@ -59,7 +59,7 @@ def meta_autoencoder(url: str) -> Autoencoder:
         with torch.device("meta"):
             vae = CLASSES[name].from_config(known)
     except Exception as e:  # diffusers raises whatever a foreign value runs into, ZeroDivisionError included
-        raise UserError(f"{path}: not a valid {name} config ({_one_line(e)})") from None
+        raise UserError(f"{path}: not a valid {name} config ({one_line(e)})") from None
     assert isinstance(vae, Autoencoder)
     return vae
 
@@ -86,7 +86,7 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
     except (ValueError, ImportError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"{url}: the autoencoder cannot be opened ({_one_line(e)})") from None
+        raise UserError(f"{url}: the autoencoder cannot be opened ({one_line(e)})") from None
     return fs, root.rstrip("/")
 
 
@@ -100,7 +100,7 @@ def _read(fs: AbstractFileSystem, path: str, max_bytes: int) -> bytes:
         raise UserError(f"{path}: no such file; give the folder of a diffusers autoencoder with {CONFIG_FILE} and "
                         f"{WEIGHTS_FILE}") from None  # fmt: skip
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({_one_line(e)})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
 
 
 def _read_weights(fs: AbstractFileSystem, path: str, class_name: str) -> dict[str, Tensor]:
@@ -115,9 +115,9 @@ def _read_weights(fs: AbstractFileSystem, path: str, class_name: str) -> dict[st
         else:
             weights = safetensors.torch.load(_read(fs, path, MAX_WEIGHTS_BYTES))
     except SafetensorError as e:
-        raise UserError(f"{path}: not a whole safetensors file ({_one_line(e)}); copy it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(e)}); copy it again") from None
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({_one_line(e)})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
     return {_current_name(name): weight.float() for name, weight in weights.items()}
 
 
@@ -145,10 +145,6 @@ def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path
             raise UserError(f"{path}: {name} holds values that are not finite; copy or convert the weights again")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # ------------------------------------------------------------------------------------------------------- foreign configs
 
 
@@ -156,7 +152,7 @@ def _read_config(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     try:
         config = json.loads(_read(fs, path, MAX_CONFIG_BYTES))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({_one_line(e)})") from None
+        raise UserError(f"{path}: not JSON ({one_line(e)})") from None
     name = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
     if not isinstance(name, str) or name not in CLASSES:
         raise UserError(f"{path}: _class_name is {name!r}; supported are {', '.join(CLASSES)}")

@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.config import EncoderConfig, resolve_url
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -88,10 +88,6 @@ def encoder_files(encoder: EncoderConfig, field: str) -> EncoderFiles:
         paths = _fetch(reader, weights, names, MAX_WEIGHTS_BYTES)
         tokenizer_path = _fetch(reader, tokenizer, tokenizer_names, MAX_TOKENIZER_BYTES)[0].parent
     return EncoderFiles(weights, config, tuple(paths), tokenizer_path, TOKENIZER_FILE in tokenizer_names)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------- what is there

@@ -49,8 +49,7 @@ def parallelize(
     apply_activation_checkpointing(units, config.activation_checkpointing)
     if config.compile:
         apply_compile(units)
-    stay = config.keep_gathered or not config.reshard_after_forward
-    apply_fsdp(module, units, world, reshard_after_forward=not stay)
+    apply_fsdp(module, units, world, reshard_after_forward=config.reshard_after_forward and not config.keep_gathered)
 
 
 def apply_activation_checkpointing(units: Sequence[nn.Module], mode: Literal["none", "selective", "full"]) -> None:

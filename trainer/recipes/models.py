@@ -27,6 +27,7 @@ from trainer.config import (
     UNetConfig,
     replace,
 )
+from trainer.recipes.paper import phase
 from trainer.recipes.text_presets import clip_l_text, sd3_text, t5_text
 
 SD3_ROOT = "models/stable-diffusion-3.5-medium"
@@ -40,13 +41,6 @@ def sd3_medium_512() -> RunConfig:
     hours. 2.2B parameters. `datasets/images`; codec and text encoders from `models/stable-diffusion-3.5-medium`.
     Widths, blocks, timestep density and caption dropout are SD3's (Esser et al. 2024), the rest ours.
     """
-
-    def phase(name: str, steps: int, resolution: int, lpl: PhaseLPLConfig | None = None) -> PhaseConfig:
-        return PhaseConfig(
-            name=name, steps=steps, resolution=resolution, batch_size=2048 if resolution == 256 else 1024,
-            learning_rate=1e-4, lpl=lpl, ema_decay=0.99975 if lpl else 0.9999,
-        )  # fmt: skip
-
     return RunConfig(
         name="sd3_medium_512",
         task=LatentDiffusionConfig(
@@ -62,7 +56,7 @@ def sd3_medium_512() -> RunConfig:
         phases=(
             phase("low_resolution", 500_000, 256),
             phase("full_resolution", 200_000, 512),
-            phase("perceptual", 50_000, 512, PhaseLPLConfig()),
+            phase("perceptual", 50_000, 512, lpl=True),
         ),
         optim=OptimConfig(weight_decay=0.03, warmup_steps=5000, spikes=SpikeConfig()),
         parallel=ParallelConfig(activation_checkpointing="selective", compile=True),

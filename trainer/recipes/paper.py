@@ -78,16 +78,17 @@ def _run(
     )  # fmt: skip
 
 
-def _phase(name: str, steps: int, resolution: int, *, lpl: bool = False) -> PhaseConfig:
+def phase(name: str, steps: int, resolution: int, *, lpl: bool = False) -> PhaseConfig:
+    """Our batch and rate at 256 and 512 px, the paper's EMA."""
     return PhaseConfig(
         name=name, steps=steps, resolution=resolution, batch_size=2048 if resolution == 256 else 1024, learning_rate=1e-4,
         lpl=PhaseLPLConfig() if lpl else None, ema_decay=EMA_WITH_LPL if lpl else EMA,
     )  # fmt: skip
 
 
-PRETRAIN = _phase("pretrain_256", 600_000, 256)
-POST_256 = _phase("post_256", 200_000, 256)
-POST_512_LPL = _phase("post_512_lpl", 120_000, 512, lpl=True)
+PRETRAIN = phase("pretrain_256", 600_000, 256)
+POST_256 = phase("post_256", 200_000, 256)
+POST_512_LPL = phase("post_512_lpl", 120_000, 512, lpl=True)
 CLASSES = ClassLabelConfig(num_classes=1000, width=768)
 
 
