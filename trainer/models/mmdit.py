@@ -183,9 +183,8 @@ class MMDiT(Denoiser):
         if self.config.positions == "sincos":
             image_BND = image_BND + sincos_positions(*axes, self.config.width, image_BND.device)
         else:
-            image_BND = image_BND.to(
-                self.patch.weight.dtype
-            )  # as positions would: autocast leaves the residual stream wide
+            # as added positions would do: under autocast the residual stream stays wide
+            image_BND = image_BND.to(self.patch.weight.dtype)
             rotation_2NK = rotary_positions(*axes, self.config.head_dim, image_BND.device)
         text_BLD = self.text(condition.tokens_BLT)
         c_BD = self.time(timestep_features(t_B)) + self.pooled(condition.pooled_BP)
