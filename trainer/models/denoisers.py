@@ -90,11 +90,12 @@ def build_denoiser(
 
         return MMDiT(config, latent_channels=latent_channels, token_width=token_width, pooled_width=pooled_width)
 
+    # here: they import this module, and half of diffusers
     from trainer.models.diffusers_denoisers import (
         DiT,
         PixArt,
         UNet,
-    )  # here: they import this module, and half of diffusers
+    )
 
     if config.kind == "dit":
         return DiT(config, latent_channels=latent_channels, num_classes=num_classes)

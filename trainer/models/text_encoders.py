@@ -183,9 +183,8 @@ class ClassEncoder(TextEncoder):
         if self.embedding is None:
             return Condition(text.ids_BL.new_zeros(len(text.ids_BL), 0, 0), labels_B=text.ids_BL[:, 0])
         tokens_B1T = self.embedding(text.ids_BL)
-        return Condition(
-            tokens_B1T, tokens_B1T[:, 0], labels_B=text.ids_BL[:, 0]
-        )  # no mask: it would rule out flash attention
+        # no mask: it would rule out flash attention
+        return Condition(tokens_B1T, tokens_B1T[:, 0], labels_B=text.ids_BL[:, 0])
 
 
 def build_text_encoder(
