@@ -47,7 +47,7 @@ def export_autoencoder(run_dir: str, out: str, *, dtype: torch.dtype = torch.flo
     task = AutoencoderTask(config, torch.device("cpu"))
     ema, optimizer = EMA(task.module), optim.build_optimizer(task.module, config.optim)
     manager = CheckpointManager(f"{folder.url}/{CHECKPOINTS}", keep_last=2, config_digest=None, code_version="")
-    restored = manager.restore(train_state.tensors(task.module, ema, optimizer), hold=unique_hold("export"))
+    restored = manager.restore(train_state.tensors(task, ema, optimizer), hold=unique_hold("export"))
     if restored is None:
         raise UserError(f"{run_dir}: no checkpoint to export; train first")
 

@@ -17,7 +17,10 @@ _GOLDEN = np.uint64(0x9E37_79B9_7F4A_7C16)
 """(sqrt(5) - 1) / 2 in units of 2**-64: of all numbers the worst to approximate by fractions, so its multiples modulo 1
 spread the most evenly."""
 
-Purpose = Literal["noise", "timestep", "caption_dropout", "encoder_dropout", "posterior", "sample"]
+Purpose = Literal[
+    "noise", "timestep", "caption_dropout", "encoder_dropout", "posterior", "sample", "second_noise", "second_timestep",
+    "estimator", "augmentation",
+]  # fmt: skip
 
 
 def normal(

@@ -63,7 +63,8 @@ class Run:
         task_class = LatentDiffusionTask if config.task.kind == "latent_diffusion" else AutoencoderTask
         self.task: LatentDiffusionTask | AutoencoderTask = task_class(config, world.device)
         warnings = [*self.task.check(), *self._check_data()]
-        parallelize(self.task.module, self.task.sharding_units(), world, config.parallel)
+        for module, units in [(self.task.module, self.task.sharding_units()), *self.task.frozen_sharded()]:
+            parallelize(module, units, world, config.parallel)
         self.exporter = self._serve_metrics()
         self.planner = StepPlanner(config, {name: d.shard_sizes for name, d in self.datasets.items()})
         self.records = folder.metrics_writer(self.attempt) if world.is_main else None

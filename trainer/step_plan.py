@@ -14,6 +14,8 @@ class StepPlan:
     step: int
     phase: PhaseConfig
     phase_index: int
+    phase_step: int
+    """Steps done since the phase began."""
     learning_rate: float
     position: int
     """Stream position of the global batch's first image."""
@@ -62,6 +64,7 @@ class StepPlanner:
             step=step,
             phase=place.phase,
             phase_index=place.phase_index,
+            phase_step=place.step_in_phase,
             learning_rate=learning_rate(place, step, self._warmup_steps),
             position=place.position + self._shift_at(step),
             begins_phase=place.step_in_phase == 0,

@@ -1,18 +1,21 @@
 """What a checkpoint holds as tensors: model, average, optimizer, by name."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import optim
 from trainer.ema import EMA
 from trainer.optim import Optimizer
 from trainer.spikes import SpikeGuard
+from trainer.tasks.base import Task
 
 
-def tensors(module: nn.Module, ema: EMA, optimizer: Optimizer, spikes: SpikeGuard | None = None) -> dict[str, Tensor]:
-    """The run's own tensors, to be written or read into in place: `model.*`, `ema.*`, `optim.*`, `spikes.*`."""
+def tensors(task: Task, ema: EMA, optimizer: Optimizer, spikes: SpikeGuard | None = None) -> dict[str, Tensor]:
+    """The run's own tensors, to be written or read into in place: `model.*`, `ema.*`, `optim.*`, `task.*`, `spikes.*`."""
+    module = task.module
     return {
         **{f"model.{name}": tensor for name, tensor in module.state_dict().items()},
         **{f"ema.{name}": tensor for name, tensor in ema.average.items()},
         **{f"optim.{name}": tensor for name, tensor in optim.state_tensors(module, optimizer).items()},
+        **{f"task.{name}": tensor for name, tensor in task.state_tensors().items()},
         **{f"spikes.{name}": tensor for name, tensor in (spikes.state_tensors() if spikes else {}).items()},
     }

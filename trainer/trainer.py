@@ -146,6 +146,7 @@ class Trainer:
         module, config = self.task.module, self.config
         micro_batches = split(batch, config.parallel.micro_batch_size)
         terms: list[dict[str, Tensor]] = []
+        self.task.begin_step(plan)
         for i, micro in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             begin_micro_batch(module, last=last, keep_gathered=config.parallel.keep_gathered)
@@ -160,6 +161,7 @@ class Trainer:
             optim.step(self.optimizer, plan.learning_rate, skip)
         warm = plan.step >= config.ema.start_step
         self.ema.update(plan.phase.ema_decay if warm else 0.0, skip)
+        self.task.end_step(plan, 1.0 - skip)
         self.reports.add(terms_B, skip)
         recent = self.spikes.record(plan.step, loss, norm, spike, skip) if self.spikes else spike
         self._resolve_pending()
@@ -331,7 +333,7 @@ class Trainer:
         self.reports.flush()
         try:
             (self.checkpoints.save if wait else self.checkpoints.begin_save)(
-                train_state.tensors(self.task.module, self.ema, self.optimizer, self.spikes),
+                train_state.tensors(self.task, self.ema, self.optimizer, self.spikes),
                 step=self.progress.step,
                 images_seen=self.progress.images,
                 state=self.progress.to_json(),
@@ -370,7 +372,7 @@ class Trainer:
     def _restore(self) -> bool:
         """From the newest checkpoint; False where there is none."""
         restored = self.checkpoints.restore(
-            train_state.tensors(self.task.module, self.ema, self.optimizer, self.spikes),
+            train_state.tensors(self.task, self.ema, self.optimizer, self.spikes),
             on_set_aside=self._on_set_aside,
         )
         if restored is None:

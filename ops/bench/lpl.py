@@ -29,7 +29,7 @@ def main() -> None:
 
     config = load("demo")
     assert config.task.kind == "latent_diffusion"
-    config = replace(config, task=replace(config.task, lpl=LPLConfig(tau_reference_px=options.resolution)))
+    config = replace(config, task=replace(config.task, perceptual=LPLConfig(tau_reference_px=options.resolution)))
     world = init_world()
     task = LatentDiffusionTask(config, world.device)
     parallelize(task.module, task.sharding_units(), world)
@@ -44,12 +44,12 @@ def main() -> None:
         substitutions=(),
     )
     with_lpl = config.phases[-1]
-    phases = {"without": replace(with_lpl, lpl=None), "with": with_lpl}
+    phases = {"without": replace(with_lpl, perceptual=None), "with": with_lpl}
     seconds: dict[str, list[float]] = {name: [] for name in phases}
     for i in range(options.repeats + 1):
         for name, phase in phases.items():  # in turns, so that noise of the machine falls on both alike
-            plan = StepPlan(step=0, phase=phase, phase_index=0, learning_rate=1e-3, position=0, begins_phase=False,
-                            ends_phase=False)  # fmt: skip
+            plan = StepPlan(step=0, phase=phase, phase_index=0, phase_step=0, learning_rate=1e-3, position=0,
+                            begins_phase=False, ends_phase=False)  # fmt: skip
             started = time.perf_counter()
             task.forward_backward(batch, plan, 1.0 / options.batch_size)
             task.module.zero_grad(set_to_none=True)

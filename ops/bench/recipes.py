@@ -219,8 +219,8 @@ def measure(
     optimizer = optim.build_optimizer(task.module, config.optim)
     ema = EMA(task.module, offload=config.ema.offload)
     batch = random_batch(config.task, phase, micro_batch)
-    plan = StepPlan(step=0, phase=phase, phase_index=0, learning_rate=phase.learning_rate, position=0, begins_phase=True,
-                    ends_phase=False)  # fmt: skip
+    plan = StepPlan(step=0, phase=phase, phase_index=0, phase_step=0, learning_rate=phase.learning_rate, position=0,
+                    begins_phase=True, ends_phase=False)  # fmt: skip
 
     def step() -> Tensor:
         begin_micro_batch(task.module, last=True, keep_gathered=config.parallel.keep_gathered)
@@ -266,7 +266,7 @@ def shapes(config: RunConfig) -> list[PhaseConfig]:
     """The phases, without those that cost what an earlier one does."""
     seen: dict[tuple[int, int, bool], PhaseConfig] = {}
     for phase in config.phases:
-        seen.setdefault((phase.resolution, phase.batch_size, phase.lpl is not None), phase)
+        seen.setdefault((phase.resolution, phase.batch_size, phase.perceptual is not None), phase)
     return list(seen.values())
 
 
@@ -285,7 +285,7 @@ HEADER = (
 
 
 def start_of_line(recipe: str, phase: PhaseConfig, micro_batch: int) -> str:
-    lpl = "yes" if phase.lpl else "no"
+    lpl = "yes" if phase.perceptual else "no"
     return f"{recipe:22s} {phase.name:15s} {phase.resolution:4d} {lpl:>3s} {micro_batch:6d}"
 
 

@@ -95,7 +95,7 @@ def small(folder: Path) -> tuple[str, ...]:
         "task.text={kind: classes, num_classes: 2, width: 32}",
         f"data.datasets.emoji.url={class_folders(folder)}",
         "phases.perceptual.resolution=48",
-        "task.lpl.tau_reference_px=48",
+        "task.perceptual.tau_reference_px=48",
     )
 
 
@@ -154,7 +154,7 @@ def plain(runs: tuple[Path, dict[str, Any]]) -> dict[str, Tensor]:
 def saved(run: Path) -> dict[str, Tensor]:
     """A run's newest checkpoint, read by one process into an unsharded model: it refuses any other set of names."""
     task = LatentDiffusionTask(tiny(), torch.device("cpu"))
-    tensors = train_state.tensors(task.module, EMA(task.module), optim.build_optimizer(task.module, tiny().optim))
+    tensors = train_state.tensors(task, EMA(task.module), optim.build_optimizer(task.module, tiny().optim))
     manager = CheckpointManager(f"{run}/checkpoints", keep_last=2, config_digest=None, code_version="")
     restored = manager.restore(tensors)
     assert restored is not None

@@ -100,5 +100,5 @@ def test_three_steps_with_widths_cut(name, trained) -> None:
     last = recipe.phases[-1]
     report = root / "runs" / name / "init_report.json"
     assert report.exists() == (recipe.init_from is not None)
-    assert ("lpl" in losses[-1]) == (last.lpl is not None)
+    assert ("lpl" in losses[-1]) == (last.perceptual is not None)
     assert (root / "runs" / name / "samples" / "final.png").stat().st_size > 1000

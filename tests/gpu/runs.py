@@ -45,7 +45,7 @@ class Seen:
 
 def tensors(run: Run) -> dict[str, Tensor]:
     trainer = run.trainer
-    return train_state.tensors(trainer.task.module, trainer.ema, trainer.optimizer, trainer.spikes)
+    return train_state.tensors(trainer.task, trainer.ema, trainer.optimizer, trainer.spikes)
 
 
 def state(run: Run) -> State:

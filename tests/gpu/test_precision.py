@@ -10,12 +10,13 @@ from tests.gpu import BOTH, CPU, Precision, autocast
 from tests.gpu.parity import Step, steps
 from tests.numerics.lpl_reference import reference_loss
 from tests.numerics.test_lpl import make_codec, make_latents
+from tests.perceptual import make_context
 from tests.small_recipes import cut, write_assets
 from tests.text_models import CAPTIONS, write_sd3
 from trainer.config import LPLConfig
 from trainer.losses.lpl import LatentPerceptualLoss
-from trainer.losses.perceptual import PerceptualContext
 from trainer.models.autoencoders import Codec
+from trainer.models.frozen_decoder import FrozenDecoder
 from trainer.models.frozen_text import FrozenText
 
 BF16_LOSS, BF16_GRADIENT = 1e-2, 3e-2
@@ -82,7 +83,7 @@ def test_the_latent_perceptual_loss_in_bf16(device: str) -> None:
     """Against the slow reference on float64 features, and the gradient against float64's."""
     slow, fast = make_codec(channels=(8, 16)).double(), make_codec(channels=(8, 16)).to(device)
     z0_hat, z0 = make_latents(slow, batch=2, side=16)
-    levels, context = torch.tensor([0.5, 3.1]), PerceptualContext(tau=3.0, resolution=32)
+    levels = torch.tensor([0.5, 3.1])
     config = LPLConfig(tau_reference_px=None, mask_outliers="all")
     with torch.no_grad():
         estimates, targets = ([m.numpy() for m in slow.decode_features(z.double())] for z in (z0_hat, z0))
@@ -90,7 +91,8 @@ def test_the_latent_perceptual_loss_in_bf16(device: str) -> None:
 
     def loss_and_gradient(codec: Codec, dtype: torch.dtype, on: torch.device) -> tuple[Tensor, Tensor]:
         estimate = z0_hat.to(on, dtype).requires_grad_()
-        loss_B, _ = LatentPerceptualLoss(codec, config)(estimate, z0.to(on, dtype), levels.to(on), context)
+        loss = LatentPerceptualLoss(FrozenDecoder(codec), config)
+        loss_B, _ = loss(estimate, z0.to(on, dtype), levels, make_context(z0, downsampling=codec.downsampling))
         (gradient,) = torch.autograd.grad(loss_B.sum(), estimate)
         return loss_B.detach().cpu().double(), gradient.cpu().double()
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from data.images import read_image
 from data.transforms import training_image
 from ops.bench.codecs import PUBLISHED, WIDTHS, X1_5, asymmetric
+from tests.perceptual import make_context
 from trainer.config import LPLConfig
 from trainer.losses.lpl import LatentPerceptualLoss
-from trainer.losses.perceptual import PerceptualContext
 from trainer.models.autoencoders import Codec
+from trainer.models.frozen_decoder import FrozenDecoder
 from trainer.tensors import pixels_to_images
 
 SIDE, LPL_SIDE = 64, 32
@@ -130,11 +131,11 @@ def test_lpl(named_codec: tuple[str, Codec]) -> None:
     z0_hat = z0 + 0.3 * spread * noise * torch.tensor([0.0, 1.0])[:, None, None, None]
     z0_hat.requires_grad_()
 
-    loss = LatentPerceptualLoss(codec, LPLConfig(tau_reference_px=None))
-    loss.check_resolution(LPL_SIDE)
+    loss = LatentPerceptualLoss(FrozenDecoder(codec), LPLConfig())
+    loss.check(LPL_SIDE)
     expected = (1.0, 1 / 2, 1 / 4, 1 / 8) if is_tiny(name) else (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 8)
     assert loss.depth_weights == expected
-    loss_B, terms = loss(z0_hat, z0, torch.ones(2), PerceptualContext(tau=3.0, resolution=LPL_SIDE))
+    loss_B, terms = loss(z0_hat, z0, torch.ones(2), make_context(z0, downsampling=codec.downsampling))
 
     assert loss_B[0] == 0.0  # z0_hat == z0
     assert 0.0 < loss_B[1] < 1e4

@@ -10,20 +10,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from tests.numerics import lpl_reference
-from trainer.config import LPLConfig, ParadigmConfig
+from tests.perceptual import make_context
+from trainer.config import LPLConfig, ParadigmConfig, PhasePerceptualConfig
 from trainer.diffusion.paradigms import build_paradigm
 from trainer.errors import UserError
-from trainer.losses.lpl import (
-    LatentPerceptualLoss,
-    depth_weights,
-    feature_loss,
-    gate_share,
-    inlier_mask,
-    kernel_sizes,
-    scaled_tau,
-)
-from trainer.losses.perceptual import PerceptualContext
+from trainer.losses.gate import gate_share, inside, scaled_tau, threshold
+from trainer.losses.lpl import LatentPerceptualLoss, depth_weights, feature_loss, inlier_mask, kernel_sizes
 from trainer.models.autoencoders import Codec
+from trainer.models.frozen_decoder import FrozenDecoder
 
 OUTLIER = 300.0
 
@@ -63,8 +57,10 @@ def make_latents(codec: Codec, batch: int, side: int, seed: int = 1) -> tuple[Te
 
 
 def run(codec: Codec, z0_hat: Tensor, z0: Tensor, levels: list[float], config: LPLConfig) -> tuple[Tensor, dict]:
-    context = PerceptualContext(tau=3.0, resolution=z0.shape[-1] * codec.downsampling)
-    return LatentPerceptualLoss(codec, config)(z0_hat, z0, torch.tensor(levels), context)
+    context = make_context(z0, downsampling=codec.downsampling)
+    return LatentPerceptualLoss(FrozenDecoder(codec, config.num_maps), config)(
+        z0_hat, z0, torch.tensor(levels), context
+    )
 
 
 def fixed(**options) -> LPLConfig:
@@ -231,11 +227,10 @@ def test_tau_scales_with_resolution_over_its_reference() -> None:
     assert scaled_tau(3.0, 256, 512) == 1.5
     assert scaled_tau(3.0, 1024, 512) == 6.0
     assert scaled_tau(3.0, 64, None) == 3.0
-    codec = make_codec()
-    z0_hat, z0 = make_latents(codec, batch=3, side=8)
-    levels, context = torch.tensor([0.374, 0.375, 0.376]), PerceptualContext(tau=3.0, resolution=64)
-    loss_B, _ = LatentPerceptualLoss(codec, LPLConfig(tau_reference_px=512))(z0_hat, z0, levels, context)
-    assert (loss_B > 0).tolist() == [True, True, False]
+    paradigm = build_paradigm(ParadigmConfig(kind="ddpm_eps"), resolution=64)
+    bound = threshold(PhasePerceptualConfig(), paradigm, 64, 512)
+    assert inside(torch.tensor([0.374, 0.375, 0.376, math.nan]), bound).tolist() == [0, 1]
+    assert threshold(PhasePerceptualConfig(tau=None), paradigm, 64, 512) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -393,16 +388,16 @@ def test_statistics_are_float32_under_autocast() -> None:
 
 
 def test_resolutions_are_checked_at_the_start() -> None:
-    loss = LatentPerceptualLoss(make_codec(), LPLConfig(mask_outliers="all"))
-    loss.check_resolution(64)
-    loss.check_resolution(16)
+    loss = LatentPerceptualLoss(FrozenDecoder(make_codec()), LPLConfig(mask_outliers="all"))
+    loss.check(64)
+    loss.check(16)
     with pytest.raises(UserError, match="resolution 60: not a multiple"):
-        loss.check_resolution(60)
+        loss.check(60)
     with pytest.raises(UserError, match="resolution 8: the decoder's map mid has 1 pixels a side"):
-        loss.check_resolution(8)
-    LatentPerceptualLoss(make_codec(), LPLConfig()).check_resolution(8)  # the deep maps have 4 and 8
+        loss.check(8)
+    LatentPerceptualLoss(FrozenDecoder(make_codec()), LPLConfig()).check(8)  # the deep maps have 4 and 8
 
 
 def test_more_maps_than_the_decoder_has() -> None:
-    with pytest.raises(UserError, match=r"task\.lpl\.num_maps: 6, but this decoder has 5 maps: mid, up0"):
-        LatentPerceptualLoss(make_codec(), LPLConfig(num_maps=6))
+    with pytest.raises(UserError, match=r"task\.perceptual\.num_maps: 6, but this decoder has 5 maps: mid, up0"):
+        FrozenDecoder(make_codec(), 6)

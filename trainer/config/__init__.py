@@ -6,6 +6,18 @@ A recipe is a function that returns a `RunConfig`; a variant calls another recip
 """
 
 from trainer.config.data import DataConfig, DatasetConfig
+from trainer.config.perceptual import (
+    CropConfig,
+    DecodedRGBConfig,
+    ImageSpaceConfig,
+    LatentLPIPSConfig,
+    LPIPSConfig,
+    LPLConfig,
+    PerceptualConfig,
+    ReweightingConfig,
+    SampledConfig,
+    SelfPerceptualConfig,
+)
 from trainer.config.run import (
     RunConfig,
     check_layout,
@@ -27,7 +39,6 @@ from trainer.config.task import (
     EncoderConfig,
     FrozenTextConfig,
     LatentDiffusionConfig,
-    LPLConfig,
     MMDiTConfig,
     ParadigmConfig,
     PixArtConfig,
@@ -42,7 +53,7 @@ from trainer.config.training import (
     OptimConfig,
     ParallelConfig,
     PhaseConfig,
-    PhaseLPLConfig,
+    PhasePerceptualConfig,
     PromptAccuracyConfig,
     RateScheduleConfig,
     SamplesConfig,
@@ -50,11 +61,13 @@ from trainer.config.training import (
 )
 
 __all__ = [
-    "CODE_ROOT", "AutoencoderConfig", "AutoencoderModelConfig", "ByteTextConfig", "CheckpointConfig", "ClassLabelConfig",
-    "CodecConfig", "DataConfig", "DatasetConfig", "DenoiserConfig", "DiTConfig", "EMAConfig", "EncoderConfig",
-    "FrozenTextConfig", "InitFromConfig", "LPLConfig", "LatentDiffusionConfig", "MMDiTConfig", "MetricsConfig",
-    "OptimConfig", "ParadigmConfig", "ParallelConfig", "PhaseConfig", "PhaseLPLConfig", "PixArtConfig",
-    "PromptAccuracyConfig", "RateScheduleConfig", "RunConfig", "SamplesConfig", "Section", "SpikeConfig", "TextConfig",
-    "UNetConfig", "check_layout", "config_digest", "differences", "differences_in_words", "explain_digests", "replace",
-    "resolve_url", "run_digest",
+    "CODE_ROOT", "AutoencoderConfig", "AutoencoderModelConfig", "ByteTextConfig", "CheckpointConfig",
+    "ClassLabelConfig", "CodecConfig", "CropConfig", "DataConfig", "DatasetConfig", "DecodedRGBConfig",
+    "DenoiserConfig", "DiTConfig", "EMAConfig", "EncoderConfig", "FrozenTextConfig", "ImageSpaceConfig",
+    "InitFromConfig", "LPIPSConfig", "LPLConfig", "LatentDiffusionConfig", "LatentLPIPSConfig", "MMDiTConfig",
+    "MetricsConfig", "OptimConfig", "ParadigmConfig", "ParallelConfig", "PerceptualConfig", "PhaseConfig",
+    "PhasePerceptualConfig", "PixArtConfig", "PromptAccuracyConfig", "RateScheduleConfig", "ReweightingConfig",
+    "RunConfig", "SampledConfig", "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TextConfig",
+    "UNetConfig", "check_layout", "config_digest", "differences", "differences_in_words", "explain_digests",
+    "replace", "resolve_url", "run_digest",
 ]  # fmt: skip

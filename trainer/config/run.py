@@ -53,8 +53,10 @@ class RunConfig(Section):
             for name in phase.data_mix or {}:
                 if name not in self.data.datasets:
                     raise ValueError(f"phases.{i}.data_mix: no dataset {name!r}; have {', '.join(self.data.datasets)}")
-            if phase.lpl and self.task.kind != "latent_diffusion":
-                raise ValueError(f"phases.{i}.lpl: belongs to the latent_diffusion task, this is {self.task.kind}")
+            if phase.perceptual and self.task.kind != "latent_diffusion":
+                raise ValueError(
+                    f"phases.{i}.perceptual: belongs to the latent_diffusion task, this is {self.task.kind}"
+                )
         if self.task.kind == "latent_diffusion":
             _check_resolutions(self.task, self.phases)
             self._check_sampling(self.task)
@@ -111,6 +113,7 @@ NO_NUMBERS = {
     "optim": ("max_skipped_in_a_row",),
     "optim.spikes": ("max_roll_backs",),
     "task.text": ("cache_mib",),
+    "task.perceptual": ("chunk_size",),
     "ema": ("offload",),
     "parallel": (
         "replicas", "reshard_after_forward", "micro_batch_size", "keep_gathered", "activation_checkpointing", "compile",

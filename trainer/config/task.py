@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from trainer.config.perceptual import LPLConfig, PerceptualConfig
 from trainer.config.section import NonNegativeFloat, NonNegativeInt, Probability, Section
 
 # ------------------------------------------------------------------------------------------------------ text, or classes
@@ -262,21 +263,6 @@ class ParadigmConfig(Section):
         return self
 
 
-class LPLConfig(Section):
-    """What the latent perceptual loss is, for the whole run; a phase says when, with which weight and tau."""
-
-    num_maps: PositiveInt | None = None
-    """Use the first so many decoder maps; absent: all."""
-    depth_weights: Literal["inverse_scale", "printed", "uniform"] = "inverse_scale"
-    """omega_l: r_1/r_l; the paper's printed 2^(-r_l/r_1); or 1."""
-    tau_reference_px: PositiveInt | None = 512
-    """Resolution at which tau is meant; it scales with resolution / reference. Absent: tau is fixed."""
-    detach_deviation: bool = False
-    """Carry no gradient through the standard deviation that normalises the features."""
-    mask_outliers: Literal["deep", "all", "none"] = "deep"
-    """Maps whose outliers are masked: those at least 4x the latent's side; all; none."""
-
-
 class LatentDiffusionConfig(Section):
     kind: Literal["latent_diffusion"] = "latent_diffusion"
     model: DenoiserConfig
@@ -285,7 +271,8 @@ class LatentDiffusionConfig(Section):
     paradigm: ParadigmConfig
     caption_dropout: Probability = 0.1
     """Share of samples trained without their caption, for classifier-free guidance."""
-    lpl: LPLConfig = LPLConfig()
+    perceptual: PerceptualConfig = LPLConfig()
+    """What the phases with a perceptual loss have of it."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "LatentDiffusionConfig":

@@ -9,11 +9,24 @@ from trainer.config.section import NonNegativeFloat, NonNegativeInt, Probability
 # ------------------------------------------------------------------------------------------------------------- schedule
 
 
-class PhaseLPLConfig(Section):
+class PhasePerceptualConfig(Section):
+    """The task's perceptual loss, in this phase."""
+
     weight: NonNegativeFloat = 3.0
     """w_LPL (paper, Figure 9)."""
-    tau: PositiveFloat = 3.0
-    """Largest noise level sigma_t/alpha_t at which the loss counts (paper, Eq. 3, Figure 6)."""
+    variance_share: PositiveFloat | None = None
+    """In place of `weight`: the weighted loss's variance is this share of the denoising loss's, by running variances (the
+    paper compares its rivals at 0.1, section A.4)."""
+    tau: PositiveFloat | None = 3.0
+    """Largest noise level sigma_t/alpha_t at which the loss counts (paper, Eq. 3, Figure 6); null: all count."""
+    max_time: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """In place of `tau`, as the public SDXL code: the loss counts at times below this, of 1000."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "PhasePerceptualConfig":
+        if self.max_time is not None and self.tau is not None:
+            raise ValueError("max_time: stands in place of tau; set tau=null with it")
+        return self
 
 
 class RateScheduleConfig(Section):
@@ -49,7 +62,7 @@ class PhaseConfig(Section):
     learning_rate: PositiveFloat
     rate_schedule: RateScheduleConfig = RateScheduleConfig()
     denoising_weight: NonNegativeFloat = 1.0
-    lpl: PhaseLPLConfig | None = None
+    perceptual: PhasePerceptualConfig | None = None
     """Absent: off."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     data_mix: dict[str, PositiveFloat] | None = None

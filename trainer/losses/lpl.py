@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config import LPLConfig
-from trainer.diffusion.paradigms import Paradigm
 from trainer.errors import UserError
-from trainer.losses.perceptual import PerceptualContext
-from trainer.models.autoencoders import Codec
+from trainer.losses.gate import inside
+from trainer.losses.injection import injected
+from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
+from trainer.models.frozen_decoder import FrozenDecoder
 
 KERNEL_REFERENCE_SIDE = 512
 """Side of a feature map, in pixels, at which Algorithm 1's kernels of 3 and 5 hold."""
@@ -24,29 +25,28 @@ MASKED_FROM_SCALE = 4
 VARIANCE_EPS = 1e-6
 
 
-class LatentPerceptualLoss:
-    """L_LPL of each sample, eq. 3, without its weight: `(z0_hat, z0, noise_level, context) -> (loss_B, terms)`.
+class LatentPerceptualLoss(PerceptualLoss):
+    """L_LPL of each sample, eq. 3, without its weight.
 
-    The trainer's mean over the whole batch completes eq. 3, whose expectation holds the indicator inside.
+    The trainer's mean over the whole batch completes eq. 3, whose expectation holds the indicator inside. Terms:
+    `lpl_<map>`, each map's loss before its depth weight and 0 outside the gate, and `gate`, 1 inside and 0 outside, whose
+    mean is the share inside.
     """
 
-    def __init__(self, codec: Codec, config: LPLConfig) -> None:
-        if config.num_maps is not None and config.num_maps > len(codec.map_names):
-            raise UserError(f"task.lpl.num_maps: {config.num_maps}, but this decoder has {len(codec.map_names)} maps: "
-                            f"{', '.join(codec.map_names)}")  # fmt: skip
-        self.codec = codec
+    name = "lpl"
+
+    def __init__(self, decoder: FrozenDecoder, config: LPLConfig) -> None:
+        super().__init__()
+        self.decoder = decoder
         self.config = config
-        self.map_names = codec.map_names[: config.num_maps]
-        self.map_scales = codec.map_scales(config.num_maps)
+        self.map_names, self.map_scales = decoder.map_names, decoder.map_scales
         self.depth_weights = depth_weights(self.map_scales, config.depth_weights)
 
-    def check_resolution(self, resolution: int) -> None:
-        """Confirm that the loss is defined on square images of this side, before the first step.
-
-        Raises:
-            UserError: the codec cannot encode it, or a masked map is too small for statistics or kernels.
+    def check(self, resolution: int) -> list[str]:
+        """Raises:
+        UserError: the codec cannot encode it, or a masked map is too small for statistics or kernels.
         """
-        f = self.codec.downsampling
+        f = self.decoder.downsampling
         if resolution % f:
             raise UserError(f"resolution {resolution}: not a multiple of the autoencoder's downsampling, {f}")
         for name, scale in zip(self.map_names, self.map_scales, strict=True):
@@ -55,40 +55,35 @@ class LatentPerceptualLoss:
             if self._is_masked(scale) and side < smallest:
                 raise UserError(f"resolution {resolution}: the decoder's map {name} has {side} pixels a side, fewer "
                                 f"than the {smallest} that the outlier mask needs; train larger images or set "
-                                "task.lpl.mask_outliers=none")  # fmt: skip
+                                "task.perceptual.mask_outliers=none")  # fmt: skip
+        return []
 
-    def threshold(self, context: PerceptualContext) -> float:
-        """tau at the context's resolution, as a bound on sigma/alpha."""
-        return scaled_tau(context.tau, context.resolution, self.config.tau_reference_px)
-
-    def __call__(
+    def forward(
         self, z0_hat_BCHW: Tensor, z0_BCHW: Tensor, noise_level_B: Tensor, context: PerceptualContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss (B,), exactly 0 outside the gate and non-finite for a non-finite sample inside it.
+        rows = inside(noise_level_B, context.threshold)
 
-        Terms (B,), detached: `lpl_<map>`, each map's loss before its depth weight and 0 outside the gate, and `gate`,
-        1 inside and 0 outside, whose mean is the share inside.
-        """
-        gate_B = noise_level_B <= self.threshold(context)
-        # Outside the gate the estimate may be so far off that the decoder overflows, and 0 * inf would reach the
-        # gradient. There the decoder gets z0 instead: shapes stay static, and `where` sends exactly 0 back.
-        z_BCHW = torch.where(gate_B[:, None, None, None], z0_hat_BCHW, z0_BCHW)
+        def value(z0_hat: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            with torch.no_grad():
+                targets = self.decoder(z0_BCHW[rows])
+            return self.of_features(self.decoder(z0_hat), targets)  # eq. 2
 
-        with torch.no_grad():
-            targets = self.codec.decode_features(z0_BCHW, len(self.map_names))
-        estimates = self.codec.decode_features(z_BCHW, len(self.map_names))  # eq. 2
+        names = ["gate", *(f"lpl_{name}" for name in self.map_names)]
+        return injected(z0_hat_BCHW, rows, value, term_names=names, chunk_size=self.config.chunk_size)
 
-        loss_B = torch.zeros_like(noise_level_B, dtype=torch.promote_types(estimates[0].dtype, torch.float32))
+    def of_features(self, estimates: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 3 inside the gate, from the decoder's maps."""
+        losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         maps = zip(self.map_names, self.map_scales, self.depth_weights, targets, estimates, strict=True)
         for name, scale, weight, target, estimate in maps:
             map_loss_B = feature_loss(
                 estimate, target, mask_outliers=self._is_masked(scale), detach_deviation=self.config.detach_deviation
             )
-            map_loss_B = torch.where(gate_B, map_loss_B, 0.0)
             terms[f"lpl_{name}"] = map_loss_B.detach()
-            loss_B = loss_B + weight * map_loss_B
-        terms["gate"] = gate_B.float()
+            losses.append(weight * map_loss_B)
+        loss_B = torch.stack(losses).sum(0)
+        terms["gate"] = torch.ones_like(loss_B)
         return loss_B, terms
 
     def _is_masked(self, scale: int) -> bool:
@@ -181,18 +176,3 @@ def depth_weights(map_scales: tuple[int, ...], rule: str) -> tuple[float, ...]:
         return tuple(2.0**-ratio for ratio in ratios)
     assert rule == "uniform", rule
     return (1.0,) * len(ratios)
-
-
-# ------------------------------------------------------------------------------------------------------------- the gate
-
-
-def scaled_tau(tau: float, resolution: int, reference_px: int | None) -> float:
-    """tau at a resolution: it grows with the side, as noise levels of equal uncertainty per patch do (section 4.1)."""
-    return tau * resolution / reference_px if reference_px else tau
-
-
-def gate_share(paradigm: Paradigm, tau: float) -> float:
-    """Share of training samples whose noise level is within `tau` (scaled), to about 1e-5; for a check at start."""
-    num_points = 100_000
-    u = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
-    return (paradigm.noise_level(paradigm.sample_t(u)) <= tau).double().mean().item()

@@ -16,7 +16,7 @@ from trainer.config import (
     OptimConfig,
     ParadigmConfig,
     PhaseConfig,
-    PhaseLPLConfig,
+    PhasePerceptualConfig,
     PromptAccuracyConfig,
     RunConfig,
     SamplesConfig,
@@ -39,7 +39,7 @@ def demo() -> RunConfig:
             text=ByteTextConfig(max_bytes=48, width=128, num_blocks=2, num_heads=4),
             codec=CodecConfig(url="repo://trainer/assets/demo_autoencoder"),
             paradigm=ParadigmConfig(kind="flow"),
-            lpl=LPLConfig(tau_reference_px=64),
+            perceptual=LPLConfig(tau_reference_px=64),
         ),
         data=DataConfig(
             datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64", max_samples=96)}, num_workers=1
@@ -49,7 +49,7 @@ def demo() -> RunConfig:
             PhaseConfig(name="full_resolution", steps=480, resolution=64, batch_size=64, learning_rate=2e-3, ema_decay=0.99),
             PhaseConfig(
                 name="perceptual", steps=60, resolution=64, batch_size=32, learning_rate=5e-4, ema_decay=0.98,
-                lpl=PhaseLPLConfig(),
+                perceptual=PhasePerceptualConfig(),
             ),
         ),
         optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=20),

@@ -18,7 +18,7 @@ from trainer.config import (
     ParadigmConfig,
     ParallelConfig,
     PhaseConfig,
-    PhaseLPLConfig,
+    PhasePerceptualConfig,
     PixArtConfig,
     RateScheduleConfig,
     RunConfig,
@@ -84,7 +84,7 @@ def finetune() -> RunConfig:
         init_from=InitFromConfig(url=f"{SD3_ROOT}/transformer"),
         phases=(
             PhaseConfig(
-                name="tune", steps=5000, resolution=512, batch_size=32, learning_rate=1e-5, lpl=PhaseLPLConfig(),
+                name="tune", steps=5000, resolution=512, batch_size=32, learning_rate=1e-5, perceptual=PhasePerceptualConfig(),
                 ema_decay=0.999, rate_schedule=RateScheduleConfig(kind="cosine", warmup_steps=100, final_factor=0.1),
             ),
         ),
@@ -103,7 +103,7 @@ def _compared(name: str, task: LatentDiffusionConfig, dataset: str, learning_rat
             PhaseConfig(name="pretrain", steps=steps, resolution=256, batch_size=1024, learning_rate=learning_rate),
             PhaseConfig(
                 name="perceptual", steps=steps // 5, resolution=256, batch_size=1024, learning_rate=learning_rate,
-                lpl=PhaseLPLConfig(), ema_decay=0.99975,
+                perceptual=PhasePerceptualConfig(), ema_decay=0.99975,
             ),
         ),
         optim=OptimConfig(betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=1000, spikes=SpikeConfig()),

@@ -26,7 +26,7 @@ from trainer.config import (
     ParadigmConfig,
     ParallelConfig,
     PhaseConfig,
-    PhaseLPLConfig,
+    PhasePerceptualConfig,
     RunConfig,
     SamplesConfig,
     SpikeConfig,
@@ -82,7 +82,7 @@ def phase(name: str, steps: int, resolution: int, *, lpl: bool = False) -> Phase
     """Our batch and rate at 256 and 512 px, the paper's EMA."""
     return PhaseConfig(
         name=name, steps=steps, resolution=resolution, batch_size=2048 if resolution == 256 else 1024, learning_rate=1e-4,
-        lpl=PhaseLPLConfig() if lpl else None, ema_decay=EMA_WITH_LPL if lpl else EMA,
+        perceptual=PhasePerceptualConfig() if lpl else None, ema_decay=EMA_WITH_LPL if lpl else EMA,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from trainer.errors import UserError
 from trainer.parallel.apply import autocast
 from trainer.rng import normal
 from trainer.step_plan import StepPlan
+from trainer.tasks.base import Task
 from trainer.tensors import pixels_to_images
 
 
@@ -40,13 +41,12 @@ class Reconstruction(nn.Module):
         return reconstructed, posterior.kl()
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         assert isinstance(run.task, AutoencoderConfig)
         self.config, self._run, self._device = run.task, run, device
         torch.manual_seed(run.seed)
-        self.module = Reconstruction(build_autoencoder(run.task.model))
-        self.captions_cut = 0
+        self.module: Reconstruction = Reconstruction(build_autoencoder(run.task.model))
 
     def sharding_units(self) -> list[nn.Module]:
         return [self.module.autoencoder.encoder, self.module.autoencoder.decoder]

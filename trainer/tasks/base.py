@@ -1,6 +1,6 @@
 """What the trainer asks of a task. The trainer knows when; a task knows what a step is."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
@@ -8,18 +8,21 @@ from data.loader import Batch
 from trainer.step_plan import StepPlan
 
 
-class Task(Protocol):
-    @property
-    def module(self) -> nn.Module:
-        """All that is trained, under one root."""
+class Task(ABC):
+    module: nn.Module
+    """All that is trained, under one root."""
+    captions_cut: int = 0
+    """Captions so far that were longer than the text encoder takes."""
 
-    @property
-    def captions_cut(self) -> int:
-        """Captions so far that were longer than the text encoder takes."""
-
+    @abstractmethod
     def sharding_units(self) -> list[nn.Module]:
-        """Submodules that are gathered one at a time."""
+        """Submodules of `module` that are gathered one at a time."""
 
+    def frozen_sharded(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Modules that are not trained and sharded all the same, each with its units."""
+        return []
+
+    @abstractmethod
     def check(self) -> list[str]:
         """Refuse a config that cannot work in some phase, before the first step; returns warnings to print.
 
@@ -27,8 +30,20 @@ class Task(Protocol):
             UserError: naming the field.
         """
 
+    def begin_step(self, plan: StepPlan) -> None:  # noqa: B027
+        """Before the first of a step's micro-batches."""
+
+    @abstractmethod
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
         """Gradients of `scale` times the batch's summed loss, added to the parameters'.
 
-        Returns each loss term, detached, one value a sample; `loss` is the weighted whole.
+        Returns each loss term, detached, one value a sample; `loss` is the weighted whole. The names are the same on every
+        rank and in every micro-batch of a step.
         """
+
+    def end_step(self, plan: StepPlan, keep: Tensor) -> None:  # noqa: B027
+        """After a step, on all ranks. `keep`: 1.0 where it counts, 0.0 where it was refused, on the device."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the module, written and read in place; equal on all ranks, or sharded."""
+        return {}

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch
-from trainer.config import LatentDiffusionConfig, RunConfig
+from trainer.config import LatentDiffusionConfig, PhasePerceptualConfig, RunConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
 from trainer.diffusion.samplers import build_sampler, guided
+from trainer.losses.build import build_perceptual_loss
 from trainer.losses.denoising import denoising_loss
-from trainer.losses.lpl import LatentPerceptualLoss, gate_share
-from trainer.losses.perceptual import PerceptualContext
+from trainer.losses.gate import gate_share, threshold
+from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
 from trainer.models.autoencoders import Codec, load_codec
 from trainer.models.condition import Condition
 from trainer.models.denoisers import build_denoiser
@@ -19,7 +20,11 @@ from trainer.models.text_encoders import TextEncoder, TextInput, build_text_enco
 from trainer.parallel.apply import autocast
 from trainer.rng import normal, spread_uniform, uniform, uniforms
 from trainer.step_plan import StepPlan
+from trainer.tasks.base import Task
 from trainer.tensors import pixels_to_images
+
+FEW_INSIDE = 0.01
+"""A gate that lets through a smaller share of samples is warned of."""
 
 
 class TextToImage(nn.Module):
@@ -56,7 +61,7 @@ class TextToImage(nn.Module):
         return prediction
 
 
-class LatentDiffusionTask:
+class LatentDiffusionTask(Task):
     def __init__(
         self, run: RunConfig, device: torch.device, *, codec: Codec | None = None, text: TextEncoder | None = None
     ) -> None:
@@ -65,28 +70,45 @@ class LatentDiffusionTask:
         self.config, self._run, self._device = run.task, run, device
         self.codec = (load_codec(self.config.codec) if codec is None else codec).to(device)
         torch.manual_seed(run.seed)  # the same weights on every rank and any number of them
-        self.module = TextToImage(self.config)
+        self.module: TextToImage = TextToImage(self.config)
         self.module.init_weights()
         if text is None:
             text = self.module.text or build_text_encoder(self.config.text, device)
         self.text: TextEncoder = text
-        self._lpl = LatentPerceptualLoss(self.codec, self.config.lpl)
+        self.perceptual: PerceptualLoss | None = None
+        """Built where some phase has it: a rival's network need not be there for a run without."""
+        if any(phase.perceptual for phase in run.phases):
+            self.perceptual = build_perceptual_loss(self.config.perceptual, self.codec, self.module).to(device)
         self._paradigms: dict[int, Paradigm] = {}
-        self.captions_cut = 0
-        """Captions longer than the text encoder takes, so far."""
 
     def sharding_units(self) -> list[nn.Module]:
         return self.module.units()
 
+    def frozen_sharded(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        return self.perceptual.sharded() if self.perceptual else []
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        if self.perceptual is None:
+            return {}
+        return {f"perceptual.{name}": tensor for name, tensor in self.perceptual.state_tensors().items()}
+
     def check(self) -> list[str]:
         warnings = []
         for i, phase in enumerate(self._run.phases):
-            if phase.lpl and phase.lpl.weight:
-                self._lpl.check_resolution(phase.resolution)
-                tau = self._lpl.threshold(PerceptualContext(phase.lpl.tau, phase.resolution))
-                if gate_share(self.paradigm(phase.resolution), tau) == 0.0:
-                    warnings.append(f"phases.{i}.lpl.tau: no timestep has a noise level of {tau:g} or less; LPL is 0")
+            if phase.perceptual and self.perceptual:
+                warnings += self.perceptual.check(phase.resolution)
+                bound = self._threshold(phase.perceptual, phase.resolution)
+                share = gate_share(self.paradigm(phase.resolution), bound)
+                if share < FEW_INSIDE:
+                    warnings.append(
+                        f"phases.{i}.perceptual: {share:.2%} of the samples have a noise level of {bound:.3g} or less, for "
+                        "the others the loss is 0; raise tau, or set task.perceptual.tau_reference_px"
+                    )
         return warnings
+
+    def _threshold(self, phase: PhasePerceptualConfig, resolution: int) -> float:
+        reference_px = self.config.perceptual.tau_reference_px
+        return threshold(phase, self.paradigm(resolution), resolution, reference_px)
 
     def paradigm(self, resolution: int) -> Paradigm:
         if resolution not in self._paradigms:
@@ -95,13 +117,19 @@ class LatentDiffusionTask:
 
     # ------------------------------------------------------------------------------------------------------ training
 
+    def begin_step(self, plan: StepPlan) -> None:
+        if plan.begins_phase and plan.phase.perceptual and self.perceptual:
+            self.perceptual.begin_phase(self.module)
+
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
         phase, paradigm = plan.phase, self.paradigm(batch.resolution)
         seed, positions = self._run.seed, batch.positions_B.tolist()
         text = self._text_of(batch, positions)
-        t_B = paradigm.sample_t(self._timestep_draws(positions, plan.step)).to(self._device, non_blocking=True)
+        images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
+        host_t_B = paradigm.sample_t(self._timestep_draws(positions, plan.step))
+        t_B = host_t_B.to(self._device, non_blocking=True)
         with autocast(self._device):
-            z0 = self._latents_of(batch)
+            z0 = self._latents_of(images)
             noise = normal(seed, positions, "noise", z0.shape[1:], device=self._device)
             zt = paradigm.add_noise(z0, noise, t_B)
             prediction = self.module(zt, paradigm.model_time(t_B), text).float()
@@ -110,14 +138,30 @@ class LatentDiffusionTask:
             if self.config.paradigm.weighting != "uniform":
                 terms["denoising_weighted"] = weighted_B.detach()
             loss_B = phase.denoising_weight * weighted_B
-            if phase.lpl:
+            if phase.perceptual and self.perceptual:
+                context = PerceptualContext(
+                    threshold=self._threshold(phase.perceptual, batch.resolution),
+                    resolution=batch.resolution,
+                    step=plan.step,
+                    phase_step=plan.phase_step,
+                    paradigm=paradigm,
+                    images_BCHW=images,
+                    denoising_B=denoising_B,
+                    text=text,
+                    uniform=lambda purpose: uniform(seed, positions, purpose),
+                    normal=lambda purpose: normal(seed, positions, purpose, z0.shape[1:], device=self._device),
+                )
                 z0_hat = paradigm.to_z0(prediction, zt, t_B)
-                context = PerceptualContext(phase.lpl.tau, batch.resolution)
-                lpl_B, lpl_terms = self._lpl(z0_hat, z0, paradigm.noise_level(t_B), context)
-                loss_B = loss_B + phase.lpl.weight * lpl_B
-                terms |= {"lpl": lpl_B.detach(), **lpl_terms}
+                # levels from the host's times: the gate is decided there, and nothing waits for the device
+                perceptual_B, named = self.perceptual(z0_hat, z0, paradigm.noise_level(host_t_B), context)
+                loss_B = loss_B + phase.perceptual.weight * perceptual_B
+                terms |= {self.perceptual.name: perceptual_B.detach(), **named}
         (scale * loss_B.sum()).backward()
         return {"loss": loss_B.detach(), **terms}
+
+    def end_step(self, plan: StepPlan, keep: Tensor) -> None:
+        if plan.phase.perceptual and self.perceptual:
+            self.perceptual.end_step(keep)
 
     def _timestep_draws(self, positions: Sequence[int], step: int) -> Tensor:
         """Uniform numbers (B,), one a sample, that the timestep density maps to times."""
@@ -125,8 +169,7 @@ class LatentDiffusionTask:
             return spread_uniform(self._run.seed, positions, step)
         return uniform(self._run.seed, positions, "timestep")
 
-    def _latents_of(self, batch: Batch) -> Tensor:
-        images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
+    def _latents_of(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return self.codec.encode(images).float()
 

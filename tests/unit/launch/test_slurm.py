@@ -57,7 +57,7 @@ def test_dry_run_prints_the_script_and_the_config_and_writes_nothing(command: Co
     before = sorted(tmp_path.rglob("*"))
     code, out, err = command(
         "--nodes", "2", "--gpus-per-node", "8", "--time", "1-12:00:00", "--partition", "train", "--cpus-per-task", "6",
-        "--mem", "64G", "--set", "phases.perceptual.lpl.weight=2.5", "--dry-run",
+        "--mem", "64G", "--set", "phases.perceptual.perceptual.weight=2.5", "--dry-run",
     )  # fmt: skip
     assert code == 0, err
     for line in (

@@ -255,9 +255,11 @@ def test_fields_that_differ_are_named(tmp_path: Path) -> None:
         "phases.low_resolution.steps: 8 there, 9 here",
         "optim.betas: [0.9, 0.99] there, [0.9, 0.98] here",
     ]
-    assert differences(there, tiny("phases.perceptual.lpl=null", "task.text={kind: classes, num_classes: 2}")) == [
+    assert differences(
+        there, tiny("phases.perceptual.perceptual=null", "task.text={kind: classes, num_classes: 2}")
+    ) == [
         "task.text.kind: bytes there, classes here",  # whose other fields are not comparable
-        "phases.perceptual.lpl: set there, absent here",
+        "phases.perceptual.perceptual: set there, absent here",
     ]
     folder = RunFolder(str(tmp_path))
     folder.claim(there)

@@ -22,9 +22,9 @@ def test_a_resolved_recipe_is_accepted_in_place_of_its_name(name, tmp_path) -> N
     [
         ("task.model.num_blocks=7", lambda c: c.task.model.num_blocks == 7),
         ("phases.1.batch_size=8", lambda c: c.phases[1].batch_size == 8),
-        ("phases.perceptual.lpl.weight=1e-1", lambda c: c.phases[2].lpl.weight == 0.1),
-        ("phases.0.lpl={tau: 2}", lambda c: c.phases[0].lpl.tau == 2.0),
-        ("phases.perceptual.lpl=null", lambda c: c.phases[2].lpl is None),
+        ("phases.perceptual.perceptual.weight=1e-1", lambda c: c.phases[2].perceptual.weight == 0.1),
+        ("phases.0.perceptual={tau: 2}", lambda c: c.phases[0].perceptual.tau == 2.0),
+        ("phases.perceptual.perceptual=null", lambda c: c.phases[2].perceptual is None),
         ("data.datasets.more={url: x}", lambda c: c.data.datasets["more"].url == "x"),
         ("task.text={kind: bytes, max_bytes: 9}", lambda c: c.task.text.max_bytes == 9),
     ],
@@ -39,7 +39,10 @@ def test_override(setting, read) -> None:
     ("setting", "message"),
     [
         ("phases.0.batch_size=abc", r"phases\.0\.batch_size: .*integer.*'abc'"),
-        ("phases.perceptual.lpl.weigth=3", r"phases\.2\.lpl\.weigth: no such field; did you mean 'weight'\?"),
+        (
+            "phases.perceptual.perceptual.weigth=3",
+            r"phases\.2\.perceptual\.weigth: no such field; did you mean 'weight'\?",
+        ),
         ("task.model.num_block=3", r"task\.model\.num_block: no such field; did you mean 'num_blocks'\?"),
         ("task.modle.num_blocks=3", r"no field 'modle'; did you mean 'model'\?"),
         ("seeed=3", r"seeed: no such field; did you mean 'seed'\?"),

@@ -52,7 +52,9 @@ def step(
 @pytest.mark.parametrize("draws", ["low_discrepancy", "independent"])
 def test_min_snr_weighs_each_sample_by_the_time_that_its_place_and_step_draw(draws: str) -> None:
     run = tiny(
-        "task.paradigm.weighting=min_snr", f"task.paradigm.timestep_draws={draws}", "phases.low_resolution.lpl=null"
+        "task.paradigm.weighting=min_snr",
+        f"task.paradigm.timestep_draws={draws}",
+        "phases.low_resolution.perceptual=null",
     )
     task, terms = step(run, 1000, 6)
     positions = range(1000, 1006)
@@ -65,7 +67,9 @@ def test_min_snr_weighs_each_sample_by_the_time_that_its_place_and_step_draw(dra
 
 
 def test_the_weight_is_in_the_gradient_and_not_in_the_plain_squared_error() -> None:
-    runs = [tiny(f"task.paradigm.weighting={w}", "phases.low_resolution.lpl=null") for w in ("uniform", "min_snr")]
+    runs = [
+        tiny(f"task.paradigm.weighting={w}", "phases.low_resolution.perceptual=null") for w in ("uniform", "min_snr")
+    ]
     (plain, plain_terms), (weighted, terms) = (step(run, 1000, 1) for run in runs)
     assert set(plain_terms) == {"loss", "denoising"}
     assert set(terms) == {"loss", "denoising", "denoising_weighted"}

@@ -34,7 +34,7 @@ def records() -> list[dict]:
     for phase in demo.phases:
         for i in range(8):
             step += 10
-            loss = {"loss": 1.0 + i, "denoising": 1.0 + i} | ({"lpl": 2.0 + i} if phase.lpl else {})
+            loss = {"loss": 1.0 + i, "denoising": 1.0 + i} | ({"lpl": 2.0 + i} if phase.perceptual else {})
             out.append({"step": step, "phase": phase.name, "loss": loss, "images_per_s": 50.0})
     return out
 
