@@ -3,10 +3,13 @@
 from torch import nn
 
 from trainer.config import PerceptualConfig
-from trainer.losses.lpl import LatentPerceptualLoss
+from trainer.losses.image_space import DecodedRGBLoss, ImageSpaceLoss
+from trainer.losses.latent_lpips import LatentLPIPSLoss
+from trainer.losses.lpl import build_lpl
 from trainer.losses.perceptual import PerceptualLoss
+from trainer.losses.reweighting import Reweighting
+from trainer.losses.self_perceptual import SelfPerceptualLoss
 from trainer.models.autoencoders import Codec
-from trainer.models.frozen_decoder import FrozenDecoder
 
 
 def build_perceptual_loss(config: PerceptualConfig, codec: Codec, trained: nn.Module) -> PerceptualLoss:
@@ -17,6 +20,14 @@ def build_perceptual_loss(config: PerceptualConfig, codec: Codec, trained: nn.Mo
     """
     match config.kind:
         case "lpl":
-            return LatentPerceptualLoss(FrozenDecoder(codec, config.num_maps), config)
-        case _:
-            raise NotImplementedError(config.kind)
+            return build_lpl(config, codec)
+        case "decoded_rgb":
+            return DecodedRGBLoss(config, codec)
+        case "image_space":
+            return ImageSpaceLoss(config, codec)
+        case "latent_lpips":
+            return LatentLPIPSLoss(config, codec)
+        case "self_perceptual":
+            return SelfPerceptualLoss(config, trained)
+        case "reweighting":
+            return Reweighting(config, build_lpl(config.of, codec))

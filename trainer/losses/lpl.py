@@ -15,6 +15,7 @@ from trainer.errors import UserError
 from trainer.losses.gate import inside
 from trainer.losses.injection import injected
 from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
+from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder
 
 KERNEL_REFERENCE_SIDE = 512
@@ -176,3 +177,10 @@ def depth_weights(map_scales: tuple[int, ...], rule: str) -> tuple[float, ...]:
         return tuple(2.0**-ratio for ratio in ratios)
     assert rule == "uniform", rule
     return (1.0,) * len(ratios)
+
+
+def build_lpl(config: LPLConfig, codec: Codec) -> LatentPerceptualLoss:
+    """Raises:
+    UserError: the config names maps that the decoder does not have.
+    """
+    return LatentPerceptualLoss(FrozenDecoder(codec, config.num_maps), config)
