@@ -8,19 +8,15 @@ import inspect
 import json
 from typing import Any
 
-import safetensors.torch
 import torch
 from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.config import resolve_url
 from trainer.errors import UserError, one_line
+from trainer.models.tensor_files import open_url, read_bytes, read_safetensors
 
 Autoencoder = AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny
 CLASSES: dict[str, type[Autoencoder]] = {
@@ -29,6 +25,7 @@ CLASSES: dict[str, type[Autoencoder]] = {
     "AutoencoderTiny": AutoencoderTiny,
 }
 
+WHAT = "the autoencoder"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PICKLE_FILE = "diffusion_pytorch_model.bin"
@@ -49,7 +46,7 @@ def meta_autoencoder(url: str) -> Autoencoder:
     Raises:
         UserError: the file is missing, unreadable, too large, or of no supported autoencoder; the message names it.
     """
-    fs, root = _open(url)
+    fs, root = open_url(url, WHAT)
     path = f"{root}/{CONFIG_FILE}"
     config = _read_config(fs, path)
     name = config["_class_name"]
@@ -70,7 +67,7 @@ def load_weights(url: str, vae: Autoencoder) -> None:
     Raises:
         UserError: the file is missing, unreadable, too large, or holds other weights; the message names it.
     """
-    fs, root = _open(url)
+    fs, root = open_url(url, WHAT)
     path = f"{root}/{WEIGHTS_FILE}"
     weights = _read_weights(fs, path, type(vae).__name__)
     _check_weights(weights, vae.state_dict(), path)
@@ -80,27 +77,10 @@ def load_weights(url: str, vae: Autoencoder) -> None:
 # --------------------------------------------------------------------------------------------------------------- reading
 
 
-def _open(url: str) -> tuple[AbstractFileSystem, str]:
-    try:
-        fs, root = url_to_fs(resolve_url(url))
-    except (ValueError, ImportError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{url}: the autoencoder cannot be opened ({one_line(e)})") from None
-    return fs, root.rstrip("/")
-
-
-def _read(fs: AbstractFileSystem, path: str, max_bytes: int) -> bytes:
-    try:
-        size = fs.size(path)
-        if size is None or size > max_bytes:
-            raise UserError(f"{path}: {size} bytes; an autoencoder's has at most {max_bytes}")
-        return bytes(fs.cat_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the folder of a diffusers autoencoder with {CONFIG_FILE} and "
-                        f"{WEIGHTS_FILE}") from None  # fmt: skip
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
+def _missing(path: str) -> UserError:
+    return UserError(
+        f"{path}: no such file; give the folder of a diffusers autoencoder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+    )
 
 
 def _read_weights(fs: AbstractFileSystem, path: str, class_name: str) -> dict[str, Tensor]:
@@ -110,12 +90,9 @@ def _read_weights(fs: AbstractFileSystem, path: str, class_name: str) -> dict[st
             raise UserError(f"{path}: no such file, and {PICKLE_FILE} beside it is a pickle, which is never read; where "
                             f"you trust it, write {class_name}.from_pretrained(FOLDER).save_pretrained(ANOTHER) with "
                             "diffusers once, and give that one")  # fmt: skip
-        if isinstance(fs, LocalFileSystem) and fs.isfile(path) and fs.size(path) <= MAX_WEIGHTS_BYTES:
-            weights = safetensors.torch.load_file(path)  # mapped, so the file is not in memory twice
-        else:
-            weights = safetensors.torch.load(_read(fs, path, MAX_WEIGHTS_BYTES))
-    except SafetensorError as e:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(e)}); copy it again") from None
+        weights = read_safetensors(fs, path, MAX_WEIGHTS_BYTES, WHAT)
+    except FileNotFoundError:
+        raise _missing(path) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
     return {_current_name(name): weight.float() for name, weight in weights.items()}
@@ -150,7 +127,9 @@ def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path
 
 def _read_config(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     try:
-        config = json.loads(_read(fs, path, MAX_CONFIG_BYTES))
+        config = json.loads(read_bytes(fs, path, MAX_CONFIG_BYTES, WHAT))
+    except FileNotFoundError:
+        raise _missing(path) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UserError(f"{path}: not JSON ({one_line(e)})") from None
     name = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
