@@ -11,6 +11,7 @@ from trainer.config_text import from_yaml, suggest
 from trainer.errors import UserError
 from trainer.recipes import models, paper
 from trainer.recipes.demo import demo, demo_autoencoder, photos
+from trainer.recipes.latent_network import demo_latent_network, latent_network
 
 
 def _by_paradigm(recipe: Callable[[paper.Paradigm], RunConfig]) -> dict[str, Callable[[], RunConfig]]:
@@ -24,7 +25,7 @@ def _by_paradigm(recipe: Callable[[paper.Paradigm], RunConfig]) -> dict[str, Cal
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    **{f.__name__: f for f in (demo, demo_autoencoder, photos)},
+    **{f.__name__: f for f in (demo, demo_autoencoder, demo_latent_network, photos, latent_network)},
     **_by_paradigm(paper.imagenet_256),
     **_by_paradigm(paper.imagenet_512_lpl),
     **_by_paradigm(paper.cc12m_256),
