@@ -150,6 +150,20 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             for i, encoder in enumerate(config.task.text.encoders):
                 weights = f"{encoder.weights_folder}/config.json".lstrip("/")
                 yield f"task.text.encoders.{i}.url", encoder.url, (weights,)
+        perceptual = config.task.perceptual
+        if perceptual.kind == "lpl" and perceptual.decoder_url:
+            yield "task.perceptual.decoder_url", perceptual.decoder_url, ("config.json",)
+        if perceptual.kind == "reweighting" and perceptual.of.decoder_url:
+            yield "task.perceptual.of.decoder_url", perceptual.of.decoder_url, ("config.json",)
+        if config.task.perceptual.kind == "latent_lpips" and any(phase.perceptual for phase in config.phases):
+            yield "task.perceptual.url", config.task.perceptual.url, ("config.json", "model.safetensors")
+        if config.task.perceptual.kind == "image_space" and any(phase.perceptual for phase in config.phases):
+            lpips = config.task.perceptual.lpips
+            for field, url in (("url", lpips.url), ("heads_url", lpips.heads_url)):
+                if url is not None:
+                    yield f"task.perceptual.lpips.{field}", url, ()
+    if config.task.kind == "latent_network":
+        yield "task.codec.url", config.task.codec.url, ("config.json",)
     if config.init_from:
         yield "init_from.url", config.init_from.url, ()
 
@@ -181,15 +195,19 @@ def _check_local(field: str, url: str, files: tuple[str, ...]) -> None:
     if "://" in path:
         return
     if not files and not os.path.exists(path):
-        raise UserError(f"{field}: no {url}; give a run folder, a checkpoint or weights in safetensors")
+        mend = "give a run folder, a checkpoint or weights in safetensors"
+        if field != "init_from.url":
+            mend = f"put the weights there, or --set {field}=..."
+        raise UserError(f"{field}: no {url}; {mend}")
     if files and not os.path.isdir(path):
         raise UserError(f"{field}: no folder {url}; put it there, or --set {field}=...")
     for file in files:
         if not os.path.isfile(os.path.join(path, file)):
             hint = "; name subfolders with weights_folder and tokenizer_folder" if "encoders" in field else ""
-            raise UserError(
-                f"{field}: {url} has no {file}; it is not what `loupe data build` or diffusers writes{hint}"
-            )
+            writer = "`loupe data build` or diffusers writes"
+            if field == "task.perceptual.url":
+                writer = "`loupe export` writes of a run of the latent_network task"
+            raise UserError(f"{field}: {url} has no {file}; it is not what {writer}{hint}")
     if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
         raise UserError(
             f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"

@@ -5,10 +5,10 @@ The resolved config is written into the run folder as YAML and can be given in p
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from trainer.config import RunConfig, Section
 from trainer.errors import UserError, one_line
@@ -33,12 +33,15 @@ def from_yaml(text: str, *, source: str) -> RunConfig:
 
 
 def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
-    """Apply `a.b=value` settings, values in YAML. Items of a list go by index, phases also by name.
+    """Apply `a.b=value` settings, values in YAML. Items of a list go by index, phases also by name. In their order: another
+    kind of section begins with its defaults, and with what it inherits in common with the kind before; what follows is set
+    in that.
 
     Raises:
         UserError: no such field, wrong type or value; the message names the field.
     """
     tree = config.model_dump(mode="json")
+    begun: dict[tuple[str, ...], type[Section]] = {}
     for override in overrides:
         path, eq, text = override.partition("=")
         if not eq or not path:
@@ -47,24 +50,73 @@ def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
             value = yaml.safe_load(text)
         except yaml.YAMLError as e:
             raise UserError(f"--set {path}: the value is not YAML ({one_line(e)})") from None
-        _assign(tree, path, value)
+        begun |= _assign(tree, path, value)
+    for keys, section in begun.items():
+        _check_needs(tree, keys, section)
     return parse(tree, source="--set")
 
 
-def _assign(tree: Any, path: str, value: Any) -> None:
+def _assign(tree: Any, path: str, value: Any) -> dict[tuple[str, ...], type[Section]]:
+    """Returns the section that is of another kind from now on, if one is, by its place."""
     *parents, last = path.split(".")
-    node = tree
+    node, keys = tree, []
     for i, part in enumerate(parents):
-        node = node[_key_in(node, part, path)]
+        key = _key_in(node, part, path)
+        keys.append(str(key))
+        node = node[key]
         if node is None:
             section, rest = ".".join(parents[: i + 1]), path.split(".", i + 1)[-1]
             raise UserError(
                 f"--set {path}: {section} is absent; set it whole, for example --set '{section}={{{rest}: ...}}'"
             )
+    if isinstance(node, dict) and last == "kind" and isinstance(value, str):
+        kinds = _kinds_at(keys, tree)
+        before, after = kinds.get(node.get("kind", "")), kinds.get(value)
+        if before and after and before is not after:
+            common = next(base for base in after.__mro__ if issubclass(before, base) and issubclass(base, Section))
+            kept = {name: node[name] for name in common.model_fields if name in node}
+            node.clear()
+            node |= {**_defaults(after), **kept, "kind": value}
+            return {tuple(keys): after}
     if isinstance(node, dict) and last not in node:
         node[last] = value  # validation says whether the field exists and what was meant
     else:
         node[_key_in(node, last, path)] = value
+    return {}
+
+
+def _kinds_at(keys: list[str], tree: Any) -> dict[str, type[Section]]:
+    """The sections that can stand at a place, by their kind."""
+    parent = _section_at(keys[:-1], tree) if keys else None
+    field = parent.model_fields.get(keys[-1]) if parent else None
+    sections = [s for s in _sections_in(field.annotation) if "kind" in s.model_fields] if field else []
+    return {kind: s for s in sections for kind in get_args(s.model_fields["kind"].annotation)}
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Of the fields that have one, as a config's plain tree holds them."""
+    fields = {name: field.get_default(call_default_factory=True) for name, field in section.model_fields.items()
+              if not field.is_required()}  # fmt: skip
+    plain: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(fields, mode="json")
+    return plain
+
+
+def _check_needs(tree: Any, keys: tuple[str, ...], section: type[Section]) -> None:
+    """Refuse a section of a kind that was set alone and, where it still stands, lacks fields that have no default."""
+    node = tree
+    for key in keys:
+        at = int(key) if isinstance(node, list) and key.isdigit() else key
+        node = node[at] if _has(node, at) else None
+    if not isinstance(node, dict) or node.get("kind") not in get_args(section.model_fields["kind"].annotation):
+        return
+    needs = [name for name, field in section.model_fields.items() if field.is_required() and name not in node]
+    if needs:
+        where, kind = ".".join(keys), node["kind"]
+        whole = ", ".join(f"{name}: ..." for name in needs)
+        raise UserError(
+            f"--set {where}.kind={kind}: {kind} has fields of its own, and needs {', '.join(needs)}; set it whole, for "
+            f"example --set '{where}={{kind: {kind}, {whole}}}'"
+        )
 
 
 def _key_in(node: Any, part: str, path: str) -> str | int:

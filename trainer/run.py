@@ -17,6 +17,7 @@ from data.reader import Dataset, open_dataset
 from trainer import metric_names
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig, check_layout, explain_digests, resolve_url, run_digest
+from trainer.config.task import TaskConfig
 from trainer.errors import ExitCode, UserError
 from trainer.evaluate.prompt_accuracy import encode_dataset, prompt_accuracy
 from trainer.evaluate.sampling import sample_prompts
@@ -30,11 +31,20 @@ from trainer.run_folder import CHECKPOINTS, SUMMARY, RunFolder
 from trainer.step_plan import StepPlanner
 from trainer.summary import summarise
 from trainer.tasks.autoencoder import AutoencoderTask
+from trainer.tasks.base import Task
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
+from trainer.tasks.latent_network import LatentNetworkTask
 from trainer.trainer import Actions, Trainer
 
 SAVE_TIMEOUT = timedelta(hours=2)
 """Longest that ranks wait for one another's part of a save in the background."""
+
+
+TASKS = {
+    "latent_diffusion": LatentDiffusionTask,
+    "autoencoder": AutoencoderTask,
+    "latent_network": LatentNetworkTask,
+}
 
 
 def run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> ExitCode:
@@ -60,8 +70,7 @@ class Run:
             )
             for name, d in config.data.datasets.items()
         }
-        task_class = LatentDiffusionTask if config.task.kind == "latent_diffusion" else AutoencoderTask
-        self.task: LatentDiffusionTask | AutoencoderTask = task_class(config, world.device)
+        self.task: Task = TASKS[config.task.kind](config, world.device)
         warnings = [*self.task.check(), *self._check_data()]
         for module, units in [(self.task.module, self.task.sharding_units()), *self.task.frozen_sharded()]:
             parallelize(module, units, world, config.parallel)
@@ -100,14 +109,20 @@ class Run:
             self.folder.write_json("init_report.json", report)
 
     def _check_data(self) -> list[str]:
-        """Refuse labels that the text encoder does not know; warn of what training does not stumble over."""
+        """Refuse labels that the model does not know, or that are not there; warn of what training does not stumble over."""
         warnings = []
-        text = self.config.task.text if self.config.task.kind == "latent_diffusion" else None
+        field, num_classes = _classes_of(self.config.task)
         for name, dataset in self.datasets.items():
-            if text and text.kind == "classes" and dataset.class_names and len(dataset.class_names) > text.num_classes:
+            if num_classes and dataset.class_names and len(dataset.class_names) > num_classes:
                 raise UserError(
-                    f"task.text.num_classes: {text.num_classes}, but dataset {name} has {len(dataset.class_names)} "
+                    f"{field}: {num_classes}, but dataset {name} has {len(dataset.class_names)} "
                     f"classes; set it to {len(dataset.class_names)}"
+                )
+            # numbered labels have no names: the first sample tells those from none
+            if self.config.task.kind == "latent_network" and not dataset.class_names and dataset.read(0).label < 0:
+                raise UserError(
+                    f"data.datasets.{name}: its samples have no labels, which the latent_network task learns; build it "
+                    "from a folder per class, or from a metadata.jsonl with labels"
                 )
             largest = max(phase.resolution for phase in self.config.phases)
             if dataset.short_side and dataset.short_side < largest:
@@ -233,3 +248,12 @@ class Run:
         training, captions = encode_dataset(dataset, task.codec, resolution=resolution, device=self.world.device)
         accuracy, chance = prompt_accuracy(generated, prompts, training, captions, config.num_neighbours)
         return {"prompt_accuracy": accuracy, "prompt_accuracy_chance": chance}
+
+
+def _classes_of(task: TaskConfig) -> tuple[str, int | None]:
+    """The field that says how many classes the task knows, and how many; None where labels play no part."""
+    if task.kind == "latent_network":
+        return "task.num_classes", task.num_classes
+    if task.kind == "latent_diffusion" and task.text.kind == "classes":
+        return "task.text.num_classes", task.text.num_classes
+    return "", None

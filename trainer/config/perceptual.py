@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from trainer.config.section import NonNegativeFloat, Section
+from trainer.config.section import NonNegativeFloat, NonNegativeInt, Section
 
 
 class GatedConfig(Section):
@@ -28,6 +28,9 @@ class SampledConfig(Section):
 
     samples_per_rank: PositiveInt
     """Of each micro-batch."""
+    whole_maps: NonNegativeInt = 0
+    """Decoder maps, from the first, that are computed of all gated samples: only the loss of deeper ones is estimated, and
+    of that only what the first ones do not foretell. The first two of Stable Diffusion's cost an eighth of all five."""
     num_bins: PositiveInt = 16
     """Noise levels that have an RMS of their own, evenly filled."""
 
@@ -44,37 +47,49 @@ class LPLConfig(DecodingConfig):
 
     kind: Literal["lpl"] = "lpl"
     num_maps: PositiveInt | None = None
-    """Use the first so many decoder maps; absent: all."""
+    """Use the first so many decoder maps; absent: all. The decoder runs no deeper (Figure 7: the fifth adds little)."""
     maps: tuple[str, ...] | None = None
-    """Use these decoder maps, by name (mid, up0, ...); absent: `num_maps` says."""
+    """Use these decoder maps, by name: mid, up0, up1, ...; of a tiny autoencoder stage0, stage1, ... The decoder runs as
+    deep as the last one. Absent: `num_maps` says."""
     depth_weights: Literal["inverse_scale", "printed", "uniform"] = "inverse_scale"
-    """omega_l: r_1/r_l; the paper's printed 2^(-r_l/r_1); or 1."""
+    """omega_l, where r_l is the map's side and r_1 the decoder's first map's, used or not: r_1/r_l; the paper's printed
+    2^(-r_l/r_1); or 1."""
     statistics: Literal["shared", "separate", "target_norm"] = "shared"
-    """What scales the features: the estimate's deviation for both maps; each map's own; or none, but each pixel divided by
-    the target's norm over channels, as the public SDXL code does."""
+    """What scales the features. shared: the estimate's deviation, both maps. separate: each map's own mean and deviation.
+    target_norm, as the public SDXL code: at each pixel the target's norm over channels, both maps."""
     detach_deviation: bool = False
-    """Carry no gradient through the statistics that scale the features."""
+    """Carry no gradient through the deviations: with it, a model can lower the loss by making its own features vary more."""
     mask_outliers: Literal["deep", "all", "none"] = "deep"
-    """Maps whose outliers are masked: those at least 4x the latent's side; all; none."""
+    """Maps whose outliers are masked (Algorithm 1): those at least 4x the latent's side; all; none."""
     mask_source: Literal["estimate", "target"] = "estimate"
-    """Whose outliers: the paper's predicted map, or the true one, as the public SDXL code has it."""
+    """Whose outliers are masked in both maps: those of the paper's predicted map, or of the true one, as in the public SDXL
+    code."""
     over_pixels: Literal["mean", "sum"] = "mean"
-    """Over inlier pixels; Eq. 3 as printed sums, and w = 3 only fits a mean."""
+    """Reduction over inlier pixels, before the mean over channels. Eq. 3 as printed sums, and w = 3 only fits a mean: a sum
+    is larger by the map's number of pixels."""
     over_batch: Literal["all", "gated"] = "all"
-    """all: mean over the whole batch, zeros outside the gate included, sum over maps. gated, as the public SDXL code: mean
-    over the micro-batch's gated samples and over maps; its weight is another, at least five times."""
+    """all: sum over maps, mean over the whole batch, zeros outside the gate included. gated, as the public SDXL code: mean
+    over maps and over the samples inside the gate of each rank's micro-batch, so the loss depends on how the batch is laid
+    out; its weight is another, with five maps at least five times that of all."""
     sampled: SampledConfig | None = None
     """Estimate from fewer samples; absent: all inside the gate."""
     crop: CropConfig | None = None
     """Estimate from a window; absent: whole maps."""
     decoder_url: str | None = None
     """Estimate by another decoder of the same latent space, a folder as `task.codec.url`: an `AutoencoderTiny` distilled from
-    the codec, or the plain decoder of an asymmetric one. Absent: the codec's own."""
+    the codec, or the plain decoder of an asymmetric one. Its loss is another, with a weight of its own; channels that are
+    nearly dead, as of one distilled for too short, need statistics=separate. Absent: the codec's own."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> "LPLConfig":
         if self.maps is not None and (self.num_maps is not None or not self.maps):
             raise ValueError("maps: name at least one decoder map, and leave num_maps out")
+        if self.maps is not None and len(set(self.maps)) < len(self.maps):
+            raise ValueError("maps: names a map twice; name each once")
+        if self.detach_deviation and self.statistics == "target_norm":
+            raise ValueError("detach_deviation: target_norm has no deviation of the estimate's; leave it out")
+        if self.mask_source == "target" and self.mask_outliers == "none":
+            raise ValueError("mask_source: no outliers are masked with mask_outliers=none; leave it out")
         return self
 
 
@@ -84,10 +99,14 @@ class DecodedRGBConfig(DecodingConfig):
     kind: Literal["decoded_rgb"] = "decoded_rgb"
 
 
+LPIPSNetwork = Literal["vgg16", "alex", "vgg16_shift_tolerant", "alex_shift_tolerant"]
+"""The shift-tolerant ones (Ghildyal and Liu 2022) blur wherever they subsample; their distances are on another scale."""
+
+
 class LPIPSConfig(Section):
     """A frozen LPIPS network (Zhang et al. 2018)."""
 
-    network: Literal["vgg16", "alex", "vgg16_shift_tolerant", "alex_shift_tolerant"] = "vgg16"
+    network: LPIPSNetwork = "vgg16"
     url: str | None = None
     """File or folder with its weights (docs/perceptual-losses.md says which forms are known). Absent: the trunk of an
     installed torchvision, and `heads_url`."""
@@ -105,7 +124,13 @@ class ImageSpaceConfig(DecodingConfig):
     decoded_weight: NonNegativeFloat = 1.0
     input_weight: NonNegativeFloat = 0.0
     resize_px: PositiveInt | None = None
-    """Side to which images are resized, antialiased, before LPIPS; absent: as they are."""
+    """Side to which images are resized, bicubic and antialiased, before LPIPS; absent: as they are."""
+
+    @model_validator(mode="after")
+    def _some_term(self) -> "ImageSpaceConfig":
+        if not (self.latent_weight or self.decoded_weight or self.input_weight):
+            raise ValueError("latent_weight, decoded_weight, input_weight: all are 0; give one of them a weight")
+        return self
 
 
 class LatentLPIPSConfig(GatedConfig):
@@ -116,6 +141,8 @@ class LatentLPIPSConfig(GatedConfig):
     """Folder of a latent network, as `loupe export` writes it of the `latent_network` task, or a user's in that layout."""
     augment: bool = False
     """One random augmentation, the same for both latents, before the network (their "E"); the paper's comparison has none."""
+    chunk_size: PositiveInt = 16
+    """Latents that the network sees at a time: its memory is one chunk's, whatever the batch."""
 
 
 class SelfPerceptualConfig(GatedConfig):
@@ -124,7 +151,8 @@ class SelfPerceptualConfig(GatedConfig):
 
     kind: Literal["self_perceptual"] = "self_perceptual"
     block: PositiveInt | None = None
-    """Features are the output of this block, counted from 1; absent: the middle one. The paper: 8, 16, 28 of 28."""
+    """Features are the output of this block, counted from 1; absent: the middle one. The paper: 8, 16, 28 of 28. Of a U-Net
+    the levels on the way down, the middle, and the levels on the way up: 9 of four levels."""
 
 
 class ReweightingConfig(GatedConfig):
@@ -133,7 +161,8 @@ class ReweightingConfig(GatedConfig):
 
     kind: Literal["reweighting"] = "reweighting"
     variance_ratio: PositiveFloat | None = None
-    """sigma_LPL^2 / sigma_l2^2. Absent: measured on `of` in each phase's first `measure_steps` steps."""
+    """sigma_LPL^2 / sigma_l2^2. Absent: measured on `of` in each phase's first `measure_steps` steps, over all samples, those
+    outside the gate with an LPL of 0; until then the ratio is what the steps before have given, and 0 in the first."""
     measure_steps: PositiveInt = 16
     of: LPLConfig = LPLConfig()
     """The loss whose variance is measured; it gives no gradient."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.data import DataConfig
 from trainer.config.section import NonNegativeInt, Section
-from trainer.config.task import LatentDiffusionConfig, TaskConfig
+from trainer.config.task import LatentDiffusionConfig, LatentNetworkConfig, TaskConfig
 from trainer.config.training import (
     CheckpointConfig,
     EMAConfig,
@@ -61,6 +61,8 @@ class RunConfig(Section):
             _check_resolutions(self.task, self.phases)
             self._check_sampling(self.task)
         else:
+            if self.task.kind == "latent_network":
+                _check_latents(self.task, self.phases)
             for field in ("samples", "prompt_accuracy"):
                 if getattr(self, field):
                     raise ValueError(f"{field}: belongs to the latent_diffusion task, this is {self.task.kind}")
@@ -102,6 +104,21 @@ def _check_resolutions(task: LatentDiffusionConfig, phases: tuple[PhaseConfig, .
             raise ValueError(
                 f"task.model.position_grid: {model.position_grid} is less than the {patches} patches a side of phase "
                 f"{phase.name}"
+            )
+
+
+def _check_latents(task: LatentNetworkConfig, phases: tuple[PhaseConfig, ...]) -> None:
+    for i, phase in enumerate(phases):
+        side, rest = divmod(phase.resolution, task.codec.downsampling)
+        if rest:
+            raise ValueError(f"phases.{i}.resolution: {phase.resolution} px is no multiple of the codec's downsampling, "
+                             f"{task.codec.downsampling}; take {(side + 1) * task.codec.downsampling}")  # fmt: skip
+        smallest = task.model.smallest_side
+        if side < smallest:
+            raise ValueError(
+                f"phases.{i}.resolution: {phase.resolution} px are latents of {side} pixels a side, and "
+                f"task.model.pooled_stages {list(task.model.pooled_stages)} need {smallest}; take "
+                f"{smallest * task.codec.downsampling} px, or name fewer stages"
             )
 
 

@@ -1,4 +1,5 @@
-"""What a run trains: denoiser, text encoders, codec and paradigm of latent diffusion; or an autoencoder."""
+"""What a run trains: denoiser, text encoders, codec and paradigm of latent diffusion; or an autoencoder; or a classifier of
+latents, whose features a perceptual loss compares."""
 
 from typing import Annotated, Literal
 
@@ -306,4 +307,55 @@ class AutoencoderConfig(Section):
     kl_weight: NonNegativeFloat = 1e-6
 
 
-TaskConfig = Annotated[LatentDiffusionConfig | AutoencoderConfig, Field(discriminator="kind")]
+# ----------------------------------------------------------------------------------------------- the latent network task
+
+NUM_STAGES = 5
+"""Of VGG, and of LPIPS's features."""
+StageCount = Annotated[int, Field(ge=1, le=16)]
+StageWidth = Annotated[int, Field(ge=1, le=8192)]
+
+
+class LatentVGGConfig(Section):
+    """VGG16's convolutions (Simonyan & Zisserman 2015) over latents, in five stages."""
+
+    widths: tuple[StageWidth, ...] = Field((64, 128, 256, 512, 512), min_length=NUM_STAGES, max_length=NUM_STAGES)
+    """Channels of each stage."""
+    convs_per_stage: tuple[StageCount, ...] = Field((2, 2, 3, 3, 3), min_length=NUM_STAGES, max_length=NUM_STAGES)
+    pooled_stages: tuple[Annotated[int, Field(ge=2, le=NUM_STAGES)], ...] = (4, 5)
+    """Stages, counted from 1, that halve the side first. VGG16 halves it before each of 2 to 5 and at the end; latents are
+    small already, and Kang et al. (2024) leave out three of the five."""
+    norm_num_groups: PositiveInt | None = 32
+    """Of the group norm behind each convolution; null: no norm, as VGG16 was published."""
+
+    @property
+    def smallest_side(self) -> int:
+        """Of latents, in latent pixels: one pixel is left behind the last pooling."""
+        return int(2 ** len(self.pooled_stages))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LatentVGGConfig":
+        if len(set(self.pooled_stages)) < len(self.pooled_stages):
+            raise ValueError(
+                f"pooled_stages: {list(self.pooled_stages)} names a stage twice; a stage halves the side once"
+            )
+        for width in self.widths:
+            if self.norm_num_groups and width % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups: {self.norm_num_groups} does not divide the {width} channels of a stage"
+                )
+        return self
+
+
+class LatentNetworkConfig(Section):
+    """A network over latents, trained to tell the classes of images, whose features E-LatentLPIPS compares (Kang et al.
+    2024, section 3.2). Learns the latents of one autoencoder."""
+
+    kind: Literal["latent_network"] = "latent_network"
+    model: LatentVGGConfig = LatentVGGConfig()
+    codec: CodecConfig
+    num_classes: PositiveInt
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
+
+
+TaskConfig = Annotated[LatentDiffusionConfig | AutoencoderConfig | LatentNetworkConfig, Field(discriminator="kind")]

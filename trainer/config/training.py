@@ -15,8 +15,9 @@ class PhasePerceptualConfig(Section):
     weight: NonNegativeFloat = 3.0
     """w_LPL (paper, Figure 9)."""
     variance_share: PositiveFloat | None = None
-    """In place of `weight`: the weighted loss's variance is this share of the denoising loss's, by running variances (the
-    paper compares its rivals at 0.1, section A.4)."""
+    """In place of `weight`, which then says nothing: the weighted loss's variance is this share of the denoising term's,
+    weighted as it is, by running variances (the paper compares its rivals at 0.1, section A.4). A phase begins with weight
+    0 for a step; from then on estimates lose half of their say every 100 steps."""
     tau: PositiveFloat | None = 3.0
     """Largest noise level sigma_t/alpha_t at which the loss counts (paper, Eq. 3, Figure 6); null: all count."""
     max_time: Annotated[float, Field(gt=0, le=1000)] | None = None
@@ -67,6 +68,19 @@ class PhaseConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     data_mix: dict[str, PositiveFloat] | None = None
     """Weight of each dataset; absent: all, equally."""
+
+    @model_validator(mode="after")
+    def _share_of_something(self) -> "PhaseConfig":
+        if self.perceptual is None or self.perceptual.variance_share is None:
+            return self
+        if not self.denoising_weight:
+            raise ValueError(
+                "perceptual.variance_share: is a share of the denoising loss's variance, and denoising_weight is 0; set it, "
+                "or perceptual.weight and perceptual.variance_share=null"
+            )
+        if self.batch_size < 2:
+            raise ValueError("perceptual.variance_share: one image has no variance; take a larger batch_size")
+        return self
 
     @model_validator(mode="after")
     def _rate_fits(self) -> "PhaseConfig":

@@ -26,8 +26,22 @@ class Denoiser(nn.Module, ABC):
         """Channels of the condition's tokens; None: it reads none."""
 
     @abstractmethod
-    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """The prediction, (B, C, H, W); t in 0..1000, may be fractional."""
+    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int | None = None) -> Tensor:
+        """The prediction, (B, C, H, W); t in 0..1000, may be fractional.
+
+        Args:
+            num_blocks: run the first so many blocks alone and return what they make of the image: tokens (B, N, D), or a
+                U-Net's map. By way of `forward`, because sharding gathers around it.
+        """
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """Blocks that `forward` can stop behind."""
+
+    @abstractmethod
+    def cut(self, num_blocks: int) -> None:
+        """Drop the blocks behind the first so many; from then on `forward` gives features of those alone."""
 
     @abstractmethod
     def init_weights(self) -> None:

@@ -4,6 +4,8 @@ names; what is ours is the interface, the initialisation, and positions without 
 B batch, C latent channels, H W latent sides, D width.
 """
 
+from itertools import islice
+
 import torch.nn.functional as F
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.resnet import ResnetBlock2D
@@ -59,12 +61,55 @@ class UNet(Denoiser):
             for parameter in end.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    @property
+    def num_blocks(self) -> int:
+        """The way down, a block a level; the middle; and the way up."""
+        return len(self.net.down_blocks) + 1 + len(self.net.up_blocks)
+
+    def cut(self, num_blocks: int) -> None:
+        net, num_down = self.net, len(self.net.down_blocks)
+        net.down_blocks = net.down_blocks[:num_blocks]
+        net.up_blocks = net.up_blocks[: max(0, num_blocks - num_down - 1)]
+        if num_blocks <= num_down:
+            net.mid_block = None
+
+    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int | None = None) -> Tensor:
         self.check_inputs(zt_BCHW, condition)
+        if num_blocks is not None:
+            return self._features(zt_BCHW, t_B, condition, num_blocks)
         out: Tensor = self.net(
             zt_BCHW, t_B, condition.tokens_BLT, encoder_attention_mask=condition.mask_BL, return_dict=False
         )[0]
         return out
+
+    def _features(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int) -> Tensor:
+        """As diffusers' own forward, as far as these blocks. (B, D, h, w), of the block's level."""
+        net = self.net
+        temb_BE = net.time_embedding(net.get_time_embed(zt_BCHW, t_B))
+        bias_B1L = attention_bias(condition.mask_BL, zt_BCHW)
+        text = {"encoder_hidden_states": condition.tokens_BLT, "encoder_attention_mask": bias_B1L}
+
+        def reading(block: nn.Module) -> dict[str, Tensor | None]:
+            return text if getattr(block, "has_cross_attention", False) else {}
+
+        x_BDHW = net.conv_in(zt_BCHW)
+        skipped = [x_BDHW]
+        for block in islice(net.down_blocks, num_blocks):
+            x_BDHW, of_block = block(x_BDHW, temb_BE, **reading(block))
+            skipped += of_block
+        num_blocks -= len(net.down_blocks)
+        if num_blocks > 0:
+            x_BDHW = net.mid_block(x_BDHW, temb_BE, **reading(net.mid_block))
+        for block in islice(net.up_blocks, max(0, num_blocks - 1)):
+            count = len(block.resnets)
+            x_BDHW = block(x_BDHW, tuple(skipped[-count:]), temb_BE, **reading(block))
+            del skipped[-count:]
+        return x_BDHW
+
+
+def attention_bias(mask_BL: Tensor | None, like: Tensor) -> Tensor | None:
+    """What diffusers' blocks take in a mask's place, (B, 1, L): added to what each token is attended with."""
+    return None if mask_BL is None else ((1 - mask_BL.to(like.dtype)) * -10_000.0)[:, None]
 
 
 class GivenCondition(nn.Module):
@@ -114,15 +159,24 @@ class DiT(Denoiser):
         for linear in (*zeros, self.net.proj_out_1, self.net.proj_out_2):
             nn.init.zeros_(linear.weight)
 
-    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    @property
+    def num_blocks(self) -> int:
+        return len(self.net.transformer_blocks)
+
+    def cut(self, num_blocks: int) -> None:
+        self.net.transformer_blocks = self.net.transformer_blocks[:num_blocks]
+
+    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int | None = None) -> Tensor:
         """As diffusers' own forward, which knows squares alone."""
         self.check_inputs(zt_BCHW, condition)
         if condition.labels_B is None:
             raise UserError("task.text: dit knows classes alone, and the condition has no labels; take kind classes")
         x_BND = self.net.pos_embed(zt_BCHW)
         c_BD = self.embedder(t_B, condition.labels_B, hidden_dtype=x_BND.dtype)
-        for block in self.net.transformer_blocks:
+        for block in islice(self.net.transformer_blocks, num_blocks):
             x_BND = block(x_BND, timestep=c_BD)
+        if num_blocks is not None:
+            return x_BND
         shift_BD, scale_BD = self.net.proj_out_1(F.silu(c_BD)).chunk(2, dim=-1)
         out = self.net.proj_out_2(modulate(self.net.norm_out(x_BND), shift_BD, scale_BD))
         rows, columns = (side // self.patch_size for side in zt_BCHW.shape[-2:])
@@ -173,8 +227,17 @@ class PixArt(Denoiser):
         for linear in (net.proj_out, *(block.attn2.to_out[0] for block in net.transformer_blocks)):
             nn.init.zeros_(linear.weight)
 
-    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+    @property
+    def num_blocks(self) -> int:
+        return len(self.net.transformer_blocks)
+
+    def cut(self, num_blocks: int) -> None:
+        self.net.transformer_blocks = self.net.transformer_blocks[:num_blocks]
+
+    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int | None = None) -> Tensor:
         self.check_inputs(zt_BCHW, condition)
+        if num_blocks is not None:
+            return self._features(zt_BCHW, t_B, condition, num_blocks)
         out: Tensor = self.net(
             zt_BCHW,
             encoder_hidden_states=condition.tokens_BLT,
@@ -183,3 +246,18 @@ class PixArt(Denoiser):
             return_dict=False,
         )[0]
         return out.contiguous()  # of patches of one pixel it is a view, which sharding warns of
+
+    def _features(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int) -> Tensor:
+        """As diffusers' own forward, as far as these blocks. (B, N, D)."""
+        x_BND = self.net.pos_embed(zt_BCHW)
+        modulation_BM, _ = self.net.adaln_single(t_B, None, batch_size=len(t_B), hidden_dtype=x_BND.dtype)
+        text_BLD = self.net.caption_projection(condition.tokens_BLT)
+        bias_B1L = attention_bias(condition.mask_BL, zt_BCHW)
+        for block in islice(self.net.transformer_blocks, num_blocks):
+            x_BND = block(
+                x_BND,
+                encoder_hidden_states=text_BLD,
+                encoder_attention_mask=bias_B1L,
+                timestep=modulation_BM,
+            )
+        return x_BND

@@ -6,6 +6,8 @@ tokens and the pooled text, K half of a head's channels. A plain module: shardin
 outside.
 """
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -161,6 +163,13 @@ class MMDiT(Denoiser):
     def units(self) -> list[nn.Module]:
         return list(self.blocks)
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def cut(self, num_blocks: int) -> None:
+        self.blocks = self.blocks[:num_blocks]
+
     def init_weights(self) -> None:
         """DiT's initialisation (Peebles & Xie 2023): Xavier for linear maps, zeros where a block or the output begins, in
         both layouts: PixArt-alpha's random tables are for weights that come from a DiT."""
@@ -173,8 +182,8 @@ class MMDiT(Denoiser):
                 nn.init.zeros_(parameter)
         nn.init.zeros_(self.final.weight)
 
-    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction, (B, C, H, W); t in 0..1000."""
+    def forward(self, zt_BCHW: Tensor, t_B: Tensor, condition: Condition, num_blocks: int | None = None) -> Tensor:
+        """The network's prediction, (B, C, H, W); t in 0..1000. With `num_blocks`: the image's tokens behind so many."""
         self.check_inputs(zt_BCHW, condition)
         rows, columns = (side // self.config.patch_size for side in zt_BCHW.shape[-2:])
         axes = self.axes(rows, columns)
@@ -192,23 +201,27 @@ class MMDiT(Denoiser):
         if condition.mask_BL is not None:
             mask_BS = torch.cat([condition.mask_BL.new_ones(image_BND.shape[:2]), condition.mask_BL], dim=1)
         trunk = self._joint_blocks if self.config.layout == "sd3" else self._shared_blocks
-        image_BND, shift_BD, scale_BD = trunk(image_BND, text_BLD, c_BD, mask_BS, rotation_2NK)
+        image_BND, shift_BD, scale_BD = trunk(image_BND, text_BLD, c_BD, mask_BS, rotation_2NK, num_blocks)
+        if num_blocks is not None:
+            return image_BND
         out = self.final(modulate(self.final_norm(image_BND), shift_BD, scale_BD))
         return unpatchify(out, rows, columns, self.config.patch_size)
 
     def _joint_blocks(
-        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None,
+        num_blocks: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The image's tokens, and the final shift and scale."""
         c_BD = F.silu(c_BD)
-        for block in self.blocks:
+        for block in islice(self.blocks, num_blocks):
             image_BND, text_BLD = block(image_BND, text_BLD, c_BD, mask_BS, rotation_2NK)
         shift_BD, scale_BD = self.final_modulation(c_BD).chunk(2, dim=-1)
         return image_BND, shift_BD, scale_BD
 
     def _shared_blocks(
-        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None,
+        num_blocks: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The image's tokens, and the final shift and scale."""
         num_image, num_text = image_BND.shape[1], text_BLD.shape[1]
         rotation_2SK = None
@@ -217,7 +230,7 @@ class MMDiT(Denoiser):
             rotation_2SK = torch.stack([F.pad(cos, (0, 0, 0, num_text), value=1.0), F.pad(sin, (0, 0, 0, num_text))])
         modulation_B6D = self.modulation(F.silu(c_BD)).unflatten(-1, (6, -1))
         x_BSD = torch.cat([image_BND, text_BLD.to(image_BND.dtype)], dim=1)
-        for block in self.blocks:
+        for block in islice(self.blocks, num_blocks):
             x_BSD = block(x_BSD, modulation_B6D, mask_BS, rotation_2SK)
         shift_BD, scale_BD = (self.final_modulation_table + c_BD[:, None]).unbind(dim=1)
         return x_BSD[:, :num_image], shift_BD, scale_BD

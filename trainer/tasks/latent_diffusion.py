@@ -9,15 +9,18 @@ from data.loader import Batch
 from trainer.config import LatentDiffusionConfig, PhasePerceptualConfig, RunConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
 from trainer.diffusion.samplers import build_sampler, guided
+from trainer.errors import UserError
 from trainer.losses.build import build_perceptual_loss
 from trainer.losses.denoising import denoising_loss
 from trainer.losses.gate import gate_share, threshold
 from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
+from trainer.losses.reweighting import Reweighting
+from trainer.losses.variances import HALF_LIFE_STEPS, LossVariances
 from trainer.models.autoencoders import Codec, load_codec
 from trainer.models.condition import Condition
 from trainer.models.denoisers import build_denoiser
 from trainer.models.text_encoders import TextEncoder, TextInput, build_text_encoder
-from trainer.parallel.apply import autocast
+from trainer.parallel.apply import autocast, reshard
 from trainer.rng import normal, spread_uniform, uniform, uniforms
 from trainer.step_plan import StepPlan
 from trainer.tasks.base import Task
@@ -52,13 +55,16 @@ class TextToImage(nn.Module):
         """Parts to gather, recompute and compile one at a time."""
         return [*self.denoiser.units(), *getattr(self.text, "blocks", [])]
 
-    def forward(self, zt_BCHW: Tensor, time_B: Tensor, text: TextInput | Condition) -> Tensor:
-        """`text`: captions as the trainable encoder takes them, or what the frozen one made of them."""
+    def forward(
+        self, zt_BCHW: Tensor, time_B: Tensor, text: TextInput | Condition, num_blocks: int | None = None
+    ) -> Tensor:
+        """`text`: captions as the trainable encoder takes them, or what the frozen one made of them. `num_blocks`: return
+        the denoiser's features behind so many blocks."""
         if not isinstance(text, Condition):
             assert self.text is not None
             text = self.text(text)
-        prediction: Tensor = self.denoiser(zt_BCHW, time_B, text)
-        return prediction
+        out: Tensor = self.denoiser(zt_BCHW, time_B, text, num_blocks)
+        return out
 
 
 class LatentDiffusionTask(Task):
@@ -79,6 +85,10 @@ class LatentDiffusionTask(Task):
         """Built where some phase has it: a rival's network need not be there for a run without."""
         if any(phase.perceptual for phase in run.phases):
             self.perceptual = build_perceptual_loss(self.config.perceptual, self.codec, self.module).to(device)
+        self._variances: LossVariances | None = None
+        """Of the denoising term and the perceptual loss, where some phase derives the weight from them."""
+        if any(phase.perceptual and phase.perceptual.variance_share for phase in run.phases):
+            self._variances = LossVariances(2, half_life_steps=HALF_LIFE_STEPS).to(device)
         self._paradigms: dict[int, Paradigm] = {}
 
     def sharding_units(self) -> list[nn.Module]:
@@ -88,15 +98,18 @@ class LatentDiffusionTask(Task):
         return self.perceptual.sharded() if self.perceptual else []
 
     def state_tensors(self) -> dict[str, Tensor]:
-        if self.perceptual is None:
-            return {}
-        return {f"perceptual.{name}": tensor for name, tensor in self.perceptual.state_tensors().items()}
+        of_loss = self.perceptual.state_tensors() if self.perceptual else {}
+        of_weight = {"variances": self._variances.sums} if self._variances else {}
+        return {**{f"perceptual.{name}": tensor for name, tensor in of_loss.items()}, **of_weight}
 
     def check(self) -> list[str]:
         warnings = []
         for i, phase in enumerate(self._run.phases):
             if phase.perceptual and self.perceptual:
                 warnings += self.perceptual.check(phase.resolution)
+                if isinstance(self.perceptual, Reweighting) and self.perceptual.measures and phase.batch_size < 2:
+                    raise UserError(f"phases.{i}.batch_size: one image has no variance to measure; take more, or set "
+                                    "task.perceptual.variance_ratio")  # fmt: skip
                 bound = self._threshold(phase.perceptual, phase.resolution)
                 share = gate_share(self.paradigm(phase.resolution), bound)
                 if share < FEW_INSIDE:
@@ -120,6 +133,8 @@ class LatentDiffusionTask(Task):
     def begin_step(self, plan: StepPlan) -> None:
         if plan.begins_phase and plan.phase.perceptual and self.perceptual:
             self.perceptual.begin_phase(self.module)
+            if self._variances:
+                self._variances.begin()
 
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
         phase, paradigm = plan.phase, self.paradigm(batch.resolution)
@@ -154,14 +169,25 @@ class LatentDiffusionTask(Task):
                 z0_hat = paradigm.to_z0(prediction, zt, t_B)
                 # levels from the host's times: the gate is decided there, and nothing waits for the device
                 perceptual_B, named = self.perceptual(z0_hat, z0, paradigm.noise_level(host_t_B), context)
-                loss_B = loss_B + phase.perceptual.weight * perceptual_B
                 terms |= {self.perceptual.name: perceptual_B.detach(), **named}
+                weight: Tensor | float = phase.perceptual.weight
+                if phase.perceptual.variance_share is not None:
+                    assert self._variances is not None
+                    # section A.4: the share of the denoising term's variance that the weighted loss's is to be
+                    weight = (phase.perceptual.variance_share * self._variances.ratio(0, 1)).sqrt()
+                    self._variances.add(loss_B, perceptual_B)
+                    terms["perceptual_weight"] = weight.expand(perceptual_B.shape)
+                loss_B = loss_B + weight * perceptual_B
         (scale * loss_B.sum()).backward()
         return {"loss": loss_B.detach(), **terms}
 
     def end_step(self, plan: StepPlan, keep: Tensor) -> None:
         if plan.phase.perceptual and self.perceptual:
             self.perceptual.end_step(keep)
+            if self._variances:
+                self._variances.end_step(keep)
+            for module, _ in self.frozen_sharded():
+                reshard(module)  # sharding keeps the root's own parameters where nothing has asked for a gradient
 
     def _timestep_draws(self, positions: Sequence[int], step: int) -> Tensor:
         """Uniform numbers (B,), one a sample, that the timestep density maps to times."""

@@ -112,6 +112,10 @@ def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
         (("--set", "phases.0.batchsize=64"), "did you mean 'batch_size'"),
         (("--set", "data.datasets.emoji.url=nowhere"), "data.datasets.emoji.url: no folder /"),
         (("--set", "task.codec.url=."), "has no config.json"),
+        (
+            ("--set", "task.perceptual={kind: image_space, lpips: {url: nowhere}}"),
+            "task.perceptual.lpips.url: no /",
+        ),
         (("--set", "name=.."), "cannot be the name of a folder"),
         (("--time", "soon"), "--time soon"),
         (("--nodes", "0"), "--nodes 0"),

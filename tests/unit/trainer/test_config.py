@@ -3,7 +3,19 @@
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import check_layout, config_digest, replace, resolve_url
+from trainer.config import (
+    ByteTextConfig,
+    DecodedRGBConfig,
+    ImageSpaceConfig,
+    LPIPSConfig,
+    LPLConfig,
+    ReweightingConfig,
+    SelfPerceptualConfig,
+    check_layout,
+    config_digest,
+    replace,
+    resolve_url,
+)
 from trainer.config_text import from_yaml, to_yaml, with_overrides
 from trainer.errors import UserError
 from trainer.recipes import RECIPES, load
@@ -139,3 +151,85 @@ def test_replace_validates() -> None:
 def test_a_field_of_an_absent_section_says_how_to_set_it() -> None:
     with pytest.raises(UserError, match=r"optim\.spikes is absent; set it whole, .*'optim\.spikes=\{sigma: \.\.\.\}'"):
         with_overrides(load("demo"), ["optim.spikes.sigma=4"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        (
+            ["task.perceptual.kind=self_perceptual"],
+            lambda c: c.task.perceptual == SelfPerceptualConfig(tau_reference_px=64),
+        ),
+        (
+            ["task.perceptual.kind=image_space", "task.perceptual.input_weight=1", "task.perceptual.lpips.url=x"],
+            lambda c: (
+                c.task.perceptual == ImageSpaceConfig(tau_reference_px=64, input_weight=1, lpips=LPIPSConfig(url="x"))
+            ),
+        ),
+        (
+            ["task.perceptual.kind=reweighting", "task.perceptual.of.num_maps=2"],
+            lambda c: c.task.perceptual == ReweightingConfig(tau_reference_px=64, of=LPLConfig(num_maps=2)),
+        ),
+        (
+            ["task.text.kind=classes", "task.text.num_classes=3", "prompt_accuracy=null"],
+            lambda c: c.task.text.width == 128,
+        ),
+        (
+            ["task.text.kind=classes", "task.text={kind: bytes, max_bytes: 9}"],
+            lambda c: c.task.text == ByteTextConfig(max_bytes=9),
+        ),
+        # what both inherit means the same in both
+        (
+            ["task.perceptual.tau_reference_px=96", "task.perceptual.chunk_size=2", "task.perceptual.kind=decoded_rgb"],
+            lambda c: c.task.perceptual == DecodedRGBConfig(tau_reference_px=96, chunk_size=2),
+        ),
+        (
+            ["task.perceptual.tau_reference_px=96", "task.perceptual.kind=reweighting"],
+            lambda c: c.task.perceptual == ReweightingConfig(tau_reference_px=96),
+        ),
+        # one section, of which kind is a field: the others stay
+        (["optim.weight_decay=0.02", "optim.kind=muon"], lambda c: c.optim.weight_decay == 0.02),
+        (["phases.perceptual.rate_schedule.kind=cosine"], lambda c: c.phases[2].rate_schedule.kind == "cosine"),
+        (
+            ["task.perceptual.num_maps=2", "task.perceptual.kind=lpl"],
+            lambda c: c.task.perceptual == LPLConfig(tau_reference_px=64, num_maps=2),
+        ),
+    ],
+)
+def test_another_kind_begins_with_its_own_defaults(settings, read) -> None:
+    config = with_overrides(load("demo"), settings)
+    assert read(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["task.text.kind=classes", "prompt_accuracy=null"],
+            r"--set task\.text\.kind=classes: classes has fields of its own, and needs num_classes; set it whole, for example "
+            r"--set 'task\.text=\{kind: classes, num_classes: \.\.\.\}'",
+        ),
+        (["task.model.kind=dit"], r"task: model\.kind: dit knows classes alone"),
+        (["task.model.kind=dit", "task.model.kind=mmdit"], r"mmdit has .* needs num_blocks, num_heads; set it whole"),
+        (["task.kind=autoencoder"], r"--set task\.kind=autoencoder: .*needs model; set it whole"),
+        (["task.perceptual.kind=lpsl"], r"task\.perceptual: .*'lpsl'.*'lpl'.*'self_perceptual'"),
+        (["task.perceptual.kind=[lpl]"], r"task\.perceptual: .*"),
+        (
+            ["task.perceptual.kind=self_perceptual", "task.perceptual.blok=3"],
+            r"blok: no such field; did you mean 'block'\?",
+        ),
+        (
+            ["task.perceptual.kind=self_perceptual", "task.perceptual.num_maps=3"],
+            r"task\.perceptual\.num_maps: no such field; have tau_reference_px, kind, block",
+        ),
+        (
+            ["phases.2.perceptual.variance_share=0.1", "phases.2.denoising_weight=0"],
+            r"phases\.2: perceptual\.variance_share: .*denoising_weight is 0",
+        ),
+        (["phases.2.perceptual.variance_share=0.1", "phases.2.batch_size=1"], r"one image has no variance"),
+    ],
+)
+def test_a_kind_that_lacks_something_says_what(settings, message) -> None:
+    with pytest.raises(UserError, match=message) as e:
+        with_overrides(load("demo"), settings)
+    assert "\n" not in str(e.value)
