@@ -16,7 +16,9 @@ SUBCOMMANDS = {
     "recipes": ("launch.cli:recipes", "The runs that are there to start from."),
     "runs": ("launch.cli:runs", "Look at runs: progress, state, where things are."),
     "data": ("data.cli:cli", "Build and inspect datasets."),
-    "export": ("launch.cli:export", "Write a trained autoencoder as a folder that diffusers loads."),
+    "analyze": ("trainer.evaluate.analyze:cli", "Look into autoencoders: latents, decoder maps, gate."),
+    "export": ("launch.cli:export", "Write a trained autoencoder, or latent network, as a folder that recipes load."),
+    "experiment": ("launch.experiment:experiment", "Small experiments with a report, on a machine without a GPU."),
     "train": ("launch.cli:train", "Run one rank in this process; launchers do this for you."),
 }
 """Name: (module:attribute, one line for `--help`, which must not import the module)."""
@@ -148,15 +150,16 @@ def _existing(run: str):  # type: ignore[no-untyped-def]  # RunFolder would impo
 @click.argument("out")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the written weights.")
 def export(run: str, out: str, dtype: str) -> None:
-    """Write the averaged autoencoder of RUN to folder OUT, with the scale and shift of its latents.
+    """Write what RUN has trained, averaged, to folder OUT.
 
-    OUT can then be a recipe's `task.codec.url`, and diffusers' `AutoencoderKL.from_pretrained` loads it.
+    Of an autoencoder, with the scale and shift of its latents: OUT can then be a recipe's `task.codec.url`, and diffusers'
+    `AutoencoderKL.from_pretrained` loads it. Of a latent network: OUT can then be a recipe's `task.perceptual.url`.
     """
     import torch
 
-    from trainer.export import export_autoencoder
+    from trainer.export import export_run
 
-    measured = export_autoencoder(run, out, dtype=getattr(torch, dtype))
+    measured = export_run(run, out, dtype=getattr(torch, dtype))
     click.echo(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
 
 
