@@ -160,7 +160,7 @@ class Supervisor:
     def _attempt(self, attempt: int) -> Outcome:
         """Start all ranks, wait for their end; returns what it says."""
         world_size = self._spec.world_size
-        port = _free_port()
+        port = free_port()
         self._rehearsed = False
         self._processes = []
         for rank in range(world_size):
@@ -228,7 +228,7 @@ class Supervisor:
             time.sleep(min(0.1, seconds))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
