@@ -9,8 +9,8 @@ class Readback:
     for nothing that was queued since: `item()` would wait for all of it."""
 
     def __init__(self, *values: Tensor) -> None:
-        """`values`: of one element each."""
-        self._host = torch.stack([value.detach().double() for value in values])
+        """`values`: of one element each or more; they are read as one list."""
+        self._host = torch.cat([value.detach().double().reshape(-1) for value in values])
         self._arrived: torch.cuda.Event | None = None
         if self._host.is_cuda:
             pinned = torch.empty(self._host.shape, dtype=self._host.dtype, pin_memory=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.gpu import BOTH, CPU, Precision, autocast
 from tests.gpu.parity import Step, steps
+from tests.numerics.lpl_cases import make_codec, make_latents
 from tests.numerics.lpl_reference import reference_loss
-from tests.numerics.test_lpl import make_codec, make_latents
 from tests.perceptual import make_context
 from tests.small_recipes import cut, write_assets
 from tests.text_models import CAPTIONS, write_sd3

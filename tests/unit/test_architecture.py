@@ -23,7 +23,7 @@ ALLOWED = {
     "ops": ("ops", *LEAVES),
     "trainer.diffusion": ("trainer.diffusion", *LEAVES),
     "trainer.models": ("trainer.models", *LEAVES),
-    "trainer.losses": ("trainer.losses", "trainer.diffusion", "trainer.models", *LEAVES),
+    "trainer.losses": ("trainer.losses", "trainer.diffusion", "trainer.models", "trainer.readback", *LEAVES),
     "trainer.parallel": ("trainer.parallel", *LEAVES),
     "trainer.checkpoint": ("trainer.checkpoint", "trainer.background", *LEAVES),
     "trainer": (

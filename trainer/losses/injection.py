@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Value = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(z0_hat of a chunk, its row numbers on the device) -> loss of each of its samples, and named terms."""
@@ -35,9 +36,13 @@ def injected(
         weight_N: factor on each row's loss and terms, on the host.
     """
     assert rows.device.type == "cpu", "row numbers that come from the device would be waited for"
-    device_rows = _to(rows, z0_hat_BCHW.device)
-    weights = None if weight_N is None else _to(weight_N.float(), z0_hat_BCHW.device)
-    loss_B, *terms = _Injected.apply(z0_hat_BCHW, device_rows, weights, value, tuple(term_names), chunk_size)
+    device_rows = to_device(rows, z0_hat_BCHW.device)
+    precise = torch.promote_types(z0_hat_BCHW.dtype, torch.float32)
+    weights = None if weight_N is None else to_device(weight_N.to(precise), z0_hat_BCHW.device)
+    wants_gradient = torch.is_grad_enabled() and z0_hat_BCHW.requires_grad  # inside the Function it is always disabled
+    loss_B, *terms = _Injected.apply(
+        z0_hat_BCHW, device_rows, weights, value, tuple(term_names), chunk_size, wants_gradient
+    )
     return loss_B, dict(zip(term_names, terms, strict=True))
 
 
@@ -51,8 +56,8 @@ class _Injected(torch.autograd.Function):
         value: Value,
         term_names: tuple[str, ...],
         chunk_size: int,
+        wants_gradient: bool,
     ) -> tuple[Tensor, ...]:
-        wants_gradient = z0_hat.requires_grad
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         terms: dict[str, list[Tensor]] = {name: [] for name in term_names}
@@ -84,15 +89,16 @@ class _Injected(torch.autograd.Function):
         return spread(losses), *spread_terms
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss_B: Tensor, *of_terms: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, gradient = ctx.saved_tensors
         out = torch.zeros(ctx.shape, dtype=ctx.dtype, device=rows.device)
         if gradient is not None:
             weighted = gradient * grad_loss_B[rows].to(gradient.dtype)[:, None, None, None]
             out = out.index_copy(0, rows, weighted.to(ctx.dtype))
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

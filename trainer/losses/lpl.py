@@ -1,37 +1,43 @@
 """The latent perceptual loss (Berrada et al., ICLR 2025): clean estimates compared in the decoder's features.
 
-Equation numbers and Algorithm 1 are the paper's. Where it is unclear, `LPLConfig` says what is offered.
-Shapes: latents and feature maps BCHW, statistics BC. Nothing here makes the host wait for the device.
+Equation numbers are the paper's. Where it is unclear, `LPLConfig` says what is offered. One map's term is in
+`trainer.losses.feature_loss`, its outliers in `trainer.losses.outliers`.
+Shapes: latents and feature maps BCHW. Nothing here makes the host wait for the device.
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config import LPLConfig
 from trainer.errors import UserError
+from trainer.losses.estimators import (
+    GatedSampler,
+    LightDecoder,
+    check_estimators,
+    check_window,
+    draw_windows,
+    load_light,
+)
+from trainer.losses.feature_loss import feature_loss
 from trainer.losses.gate import inside
-from trainer.losses.injection import injected
+from trainer.losses.injection import injected, to_device
+from trainer.losses.outliers import kernel_sizes
 from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
 from trainer.models.autoencoders import Codec
-from trainer.models.frozen_decoder import FrozenDecoder
+from trainer.models.frozen_decoder import WINDOWED, FrozenDecoder, Window
 
-KERNEL_REFERENCE_SIDE = 512
-"""Side of a feature map, in pixels, at which Algorithm 1's kernels of 3 and 5 hold."""
-CLOSING, OPENING = 3, 5
 MASKED_FROM_SCALE = 4
 """`mask_outliers="deep"`: maps at least so many times the latents' side."""
-VARIANCE_EPS = 1e-6
 
 
 class LatentPerceptualLoss(PerceptualLoss):
     """L_LPL of each sample, eq. 3, without its weight.
 
     The trainer's mean over the whole batch completes eq. 3, whose expectation holds the indicator inside. Terms:
-    `lpl_<map>`, each map's loss before its depth weight and 0 outside the gate, and `gate`, 1 inside and 0 outside, whose
-    mean is the share inside.
+    `lpl_<map>`, each used map's loss before its depth weight and before what `over_batch` makes of it, 0 outside the gate;
+    and `gate`, 1 inside and 0 outside, whose mean is the share inside.
     """
 
     name = "lpl"
@@ -40,132 +46,152 @@ class LatentPerceptualLoss(PerceptualLoss):
         super().__init__()
         self.decoder = decoder
         self.config = config
-        self.map_names, self.map_scales = decoder.map_names, decoder.map_scales
-        self.depth_weights = depth_weights(self.map_scales, config.depth_weights)
+        used = [i for i, name in enumerate(decoder.map_names) if config.maps is None or name in config.maps]
+        self.map_names = tuple(decoder.map_names[i] for i in used)
+        """The maps that are used, in the decoder's order. It may give more: those before the deepest one."""
+        self.map_scales = tuple(decoder.map_scales[i] for i in used)
+        # relative to the decoder's first map, used or not: a map weighs the same whatever others there are
+        weights = depth_weights(decoder.map_scales, config.depth_weights)
+        self.depth_weights = tuple(weights[i] for i in used)
+        self.sampler = GatedSampler(config.sampled) if config.sampled else None
+        self._num_whole = config.sampled.whole_maps if config.sampled else 0
+        self._is_deep = [name not in decoder.map_names[: self._num_whole] for name in self.map_names]
+        check_estimators(config, self.map_names, self._is_deep, decoder.map_names)
 
     def check(self, resolution: int) -> list[str]:
         """Raises:
-        UserError: the codec cannot encode it, or a masked map is too small for statistics or kernels.
+        UserError: the codec cannot encode it, or a map is too small for its statistics or its mask's kernels.
         """
         f = self.decoder.downsampling
         if resolution % f:
             raise UserError(f"resolution {resolution}: not a multiple of the autoencoder's downsampling, {f}")
         for name, scale in zip(self.map_names, self.map_scales, strict=True):
             side = resolution // f * scale
+            if self.config.statistics != "target_norm" and side < 2:
+                raise UserError(f"resolution {resolution}: the decoder's map {name} has {side} pixels a side, of which no "
+                                "deviation can be taken; train larger images, name other maps in task.perceptual.maps, "
+                                "or set task.perceptual.statistics=target_norm")  # fmt: skip
             smallest = max(2, *kernel_sizes(side, side))
             if self._is_masked(scale) and side < smallest:
                 raise UserError(f"resolution {resolution}: the decoder's map {name} has {side} pixels a side, fewer "
                                 f"than the {smallest} that the outlier mask needs; train larger images or set "
                                 "task.perceptual.mask_outliers=none")  # fmt: skip
+            if self.config.crop and self.decoder.map_names.index(name) > WINDOWED:
+                cut_scale = self.decoder.map_scales[WINDOWED]
+                needed = smallest if self._is_masked(scale) else 2
+                cut_side = resolution // f * cut_scale
+                check_window(resolution, cut_side, scale // cut_scale, needed, name, self.config.crop)
         return []
 
     def forward(
         self, z0_hat_BCHW: Tensor, z0_BCHW: Tensor, noise_level_B: Tensor, context: PerceptualContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = inside(noise_level_B, context.threshold)
+        size, latents_size = len(z0_BCHW), z0_BCHW.shape[-2:]
+        gated = inside(noise_level_B, context.threshold)
+        windows = self._windows(latents_size, context)
+        if self.sampler is None:
+            loss_B, terms = self._decoded(z0_hat_BCHW, z0_BCHW, gated, windows)
+        else:
+            choice = self.sampler.choose(noise_level_B, context)
+            factors_BL = to_device(choice.map_factors(size, self._is_deep), z0_BCHW.device)
+            loss_B, terms = self._decoded(z0_hat_BCHW, z0_BCHW, choice.rows, windows, factors_BL)
+            deep, whole = torch.zeros(2, size, dtype=torch.float64, device=z0_BCHW.device)
+            for name, weight, is_deep in zip(self.map_names, self.depth_weights, self._is_deep, strict=True):
+                (deep if is_deep else whole).add_(terms[f"lpl_{name}"], alpha=weight)
+            self.sampler.record(choice, deep, whole, noise_level_B, context)
+            if not all(self._is_deep):
+                others_B, of_others = self._decoded(
+                    z0_hat_BCHW, z0_BCHW, choice.others, windows, factors_BL, self._num_whole
+                )
+                loss_B = loss_B + others_B
+                terms |= {name: terms[name] + value_B for name, value_B in of_others.items()}
+            for i, name in enumerate(self.map_names):
+                if self._is_deep[i]:
+                    terms[f"lpl_{name}"] = terms[f"lpl_{name}"] * factors_BL[:, i]
+            # known of all, not of the chosen alone
+            terms["gate"] = to_device(torch.zeros(size).index_fill(0, gated, 1.0), z0_BCHW.device)
+        if self.config.over_batch == "gated" and len(gated):
+            # so that the mean over the micro-batch is that over the samples inside
+            loss_B = loss_B * (len(loss_B) / len(gated))
+        return loss_B, terms
 
-        def value(z0_hat: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _decoded(
+        self,
+        z0_hat_BCHW: Tensor,
+        z0_BCHW: Tensor,
+        rows: Tensor,
+        windows: Window | None,
+        factors_BL: Tensor | None = None,
+        num_maps: int | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (B,) and terms of these rows; of the decoder's first `num_maps` maps alone, where that is given."""
+        done = 0
+
+        def value(z0_hat: Tensor, device_rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal done
+            part = rows[done : done + len(z0_hat)]
+            done += len(z0_hat)
+            window = None if windows is None else (windows[0][part], windows[1][part], *windows[2:])
             with torch.no_grad():
-                targets = self.decoder(z0_BCHW[rows])
-            return self.of_features(self.decoder(z0_hat), targets)  # eq. 2
+                targets = self.decoder(z0_BCHW[device_rows], window=window, num_maps=num_maps)
+            estimates = self.decoder(z0_hat, window=window, num_maps=num_maps)
+            factors = None if factors_BL is None else factors_BL[device_rows]
+            return self.of_features(estimates, targets, factors)  # eq. 2
 
-        names = ["gate", *(f"lpl_{name}" for name in self.map_names)]
-        return injected(z0_hat_BCHW, rows, value, term_names=names, chunk_size=self.config.chunk_size)
+        names = [name for name in self.map_names if name in self.decoder.map_names[:num_maps]]
+        term_names = ["gate", *(f"lpl_{name}" for name in names)]
+        return injected(z0_hat_BCHW, rows, value, term_names=term_names, chunk_size=self.config.chunk_size)
 
-    def of_features(self, estimates: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 3 inside the gate, from the decoder's maps."""
+    def end_step(self, keep: Tensor) -> None:
+        if self.sampler:
+            self.sampler.end_step(keep)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.sampler.state_tensors() if self.sampler else {}
+
+    def _windows(self, latents_size: Sequence[int], context: PerceptualContext) -> Window | None:
+        if self.config.crop is None:
+            return None
+        height, width = (side * self.decoder.map_scales[WINDOWED] for side in latents_size)
+        return draw_windows(context.uniform("estimator"), height, width, self.config.crop)
+
+    def of_features(
+        self, estimates: list[Tensor], targets: list[Tensor], factors_BL: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 3 inside the gate, from the maps that the decoder gives, from the first on; deep ones may be a part of theirs.
+
+        `factors_BL`: on each used map's loss; terms are without.
+        """
+        config = self.config
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
-        maps = zip(self.map_names, self.map_scales, self.depth_weights, targets, estimates, strict=True)
-        for name, scale, weight, target, estimate in maps:
+        maps = dict(zip(self.decoder.map_names, zip(estimates, targets, strict=True), strict=False))
+        first, first_scale = targets[0], self.decoder.map_scales[0]
+        used = zip(self.map_names, self.map_scales, self.depth_weights, strict=True)
+        for i, (name, scale, weight) in enumerate(used):
+            if name not in maps:
+                break
             map_loss_B = feature_loss(
-                estimate, target, mask_outliers=self._is_masked(scale), detach_deviation=self.config.detach_deviation
+                *maps[name],
+                mask_outliers=self._is_masked(scale),
+                statistics=config.statistics,
+                mask_source=config.mask_source,
+                over_pixels=config.over_pixels,
+                detach_deviation=config.detach_deviation,
+                whole_size=(first.shape[-2] * scale // first_scale, first.shape[-1] * scale // first_scale),
             )
             terms[f"lpl_{name}"] = map_loss_B.detach()
-            losses.append(weight * map_loss_B)
+            weighted_B = weight * map_loss_B
+            losses.append(weighted_B if factors_BL is None else weighted_B * factors_BL[:, i])
         loss_B = torch.stack(losses).sum(0)
+        if config.over_batch == "gated":
+            loss_B = loss_B / len(self.map_names)
         terms["gate"] = torch.ones_like(loss_B)
         return loss_B, terms
 
     def _is_masked(self, scale: int) -> bool:
         which = self.config.mask_outliers
         return which == "all" or (which == "deep" and scale >= MASKED_FROM_SCALE)
-
-
-# ------------------------------------------------------------------------------------------------------ the mathematics
-
-
-def feature_loss(
-    estimate_BCHW: Tensor, target_BCHW: Tensor, *, mask_outliers: bool, detach_deviation: bool = False
-) -> Tensor:
-    """One map's term of eq. 3 without omega: standardised squared difference, mean over inlier pixels, then channels.
-
-    Mask and deviation are the estimate's, for both maps (shared statistics: the mean cancels in the difference).
-    A channel whose mask is empty, or which is constant where the mask is not, adds 0 and is still counted.
-    Computed in float32 at least, also under autocast, which lowers matrix products only. Returns (B,).
-    """
-    dtype = torch.promote_types(estimate_BCHW.dtype, torch.float32)
-    estimate_BCN = estimate_BCHW.to(dtype).flatten(2)
-    target_BCN = target_BCHW.to(dtype).flatten(2)
-
-    if mask_outliers:
-        inlier_BCN = inlier_mask(estimate_BCHW.detach().to(dtype)).flatten(2)
-        count_BC = inlier_BCN.sum(-1)
-        # Deviations are taken from some inlier pixel: a constant channel then has a variance of exactly 0.
-        anchor_BC1 = estimate_BCN.detach().gather(-1, inlier_BCN.argmax(-1, keepdim=True))
-        centred_BCN = (estimate_BCN - anchor_BC1) * inlier_BCN
-        error_BCN = (estimate_BCN - target_BCN) * inlier_BCN
-        divisor_BC = count_BC.clamp(min=1)
-        mean_BC1 = (centred_BCN.sum(-1) / divisor_BC)[..., None]
-        var_BC = ((centred_BCN - mean_BC1) * inlier_BCN).square().sum(-1) / divisor_BC
-        error_BC = error_BCN.square().sum(-1) / divisor_BC
-    else:
-        var_BC = estimate_BCN.var(-1, correction=0)
-        error_BC = (estimate_BCN - target_BCN).square().mean(-1)
-
-    statistic_BC = var_BC.detach() if detach_deviation else var_BC
-    loss_BC = error_BC / (statistic_BC + VARIANCE_EPS)
-    loss_B = torch.where(var_BC > 0, loss_BC, 0.0).mean(-1)
-
-    # Comparisons with NaN are false, so the mask would hide what is not finite: 0 times the sum brings it back.
-    probe_B = 0.0 * (estimate_BCN.detach().sum((1, 2)) + target_BCN.sum((1, 2)))
-    return loss_B * (1.0 + probe_B)
-
-
-@torch.no_grad()
-def inlier_mask(features_BCHW: Tensor) -> Tensor:
-    """Algorithm 1: 1 where a pixel is no outlier of its channel, else 0; the features' shape and dtype."""
-    h, w = features_BCHW.shape[-2:]
-    n = h * w
-    features_BCN = features_BCHW.flatten(2)
-    # k counts from 1. Fewer than 50 pixels would give k = 0. Integers, because 0.98 * n may round below a whole number.
-    low, high = max(1, n * 2 // 100), max(1, n * 98 // 100)
-    # Two selections are a third of one sort on a CPU; `Tensor.std` is ten times these two passes there.
-    deviations_BCN = features_BCN - features_BCN.mean(-1, keepdim=True)
-    margin_BC = 2.0 * (deviations_BCN.square().sum(-1) / max(1, n - 1)).sqrt()
-    low_BC11 = (features_BCN.kthvalue(low).values - margin_BC)[..., None, None]
-    high_BC11 = (features_BCN.kthvalue(high).values + margin_BC)[..., None, None]
-    mask = ((low_BC11 < features_BCHW) & (features_BCHW < high_BC11)).to(features_BCHW.dtype)
-
-    closing, opening = kernel_sizes(h, w)
-    if closing > 1:
-        mask = F.max_pool2d(mask, closing, stride=1, padding=closing // 2)
-    if opening > 1:
-        mask = -F.max_pool2d(-mask, opening, stride=1, padding=opening // 2)
-    return mask
-
-
-def kernel_sizes(height: int, width: int) -> tuple[int, int]:
-    """(closing, opening) of Algorithm 1 for a map of this size: the same share of the image at every depth, always odd.
-
-    An opening of 2 becomes 3 and a closing of 2 becomes 1, as printed; larger even ones, of which the paper says
-    nothing and which would move the map by half a pixel, the next odd.
-    """
-    side = math.sqrt(height * width)
-    closing, opening = (math.ceil(k * side / KERNEL_REFERENCE_SIDE) for k in (CLOSING, OPENING))
-    closing = 1 if closing == 2 else closing + (closing % 2 == 0)
-    opening = opening + (opening % 2 == 0)
-    return closing, opening
 
 
 def depth_weights(map_scales: tuple[int, ...], rule: str) -> tuple[float, ...]:
@@ -181,6 +207,23 @@ def depth_weights(map_scales: tuple[int, ...], rule: str) -> tuple[float, ...]:
 
 def build_lpl(config: LPLConfig, codec: Codec) -> LatentPerceptualLoss:
     """Raises:
-    UserError: the config names maps that the decoder does not have.
+    UserError: the config names maps that the decoder does not have, or another decoder that is not there or does not fit.
     """
-    return LatentPerceptualLoss(FrozenDecoder(codec, config.num_maps), config)
+    if config.decoder_url:
+        light = load_light(config.decoder_url, codec)
+        return LatentPerceptualLoss(LightDecoder(codec, light, num_decoded(config, light.map_names)), config)
+    return LatentPerceptualLoss(FrozenDecoder(codec, num_decoded(config, codec.map_names)), config)
+
+
+def num_decoded(config: LPLConfig, map_names: tuple[str, ...]) -> int | None:
+    """How many maps the decoder must compute for those that are used; None: all.
+
+    Raises:
+        UserError: it has none of some name.
+    """
+    if config.maps is None:
+        return config.num_maps
+    if unknown := [name for name in config.maps if name not in map_names]:
+        raise UserError(f"task.perceptual.maps: {', '.join(unknown)}: no such block; this decoder has "
+                        f"{', '.join(map_names)}")  # fmt: skip
+    return max(map_names.index(name) for name in config.maps) + 1
