@@ -5,7 +5,7 @@ Images are in [-1, 1], `images_BCHW`. Raw latents are what the encoder gives and
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
@@ -82,7 +82,7 @@ class Codec(nn.Module):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images, unclamped."""
         *_, last = self._decoder_maps(latents_BCHW)
-        return self._parts.images(last)
+        return run_chain(self.decoder_head(), last)
 
     def decode_features(self, latents_BCHW: Tensor, num_maps: int | None = None) -> list[Tensor]:
         """The decoder's first `num_maps` feature maps, all when absent; what lies deeper does not run.
@@ -94,8 +94,25 @@ class Codec(nn.Module):
         maps = self._decoder_maps(latents_BCHW)
         return [next(maps) for _ in range(count)]  # a generator: what nobody asks for is not computed
 
+    def decoder_stages(self) -> list[list[nn.Module]]:
+        """The decoder's modules in the order in which they run, from raw latents: those up to each feature map."""
+        return self._parts.stages()
+
+    def decoder_head(self) -> list[nn.Module]:
+        """From the last feature map to images."""
+        return self._parts.head()
+
     def _decoder_maps(self, latents_BCHW: Tensor) -> Iterator[Tensor]:
-        return self._parts.maps(self.scaled_to_raw(latents_BCHW).to(self.dtype))
+        h = self.scaled_to_raw(latents_BCHW).to(self.dtype)
+        for stage in self.decoder_stages():
+            h = run_chain(stage, h)
+            yield h
+
+
+def run_chain(modules: Iterable[nn.Module], h: Tensor) -> Tensor:
+    for module in modules:
+        h = module(h)
+    return h
 
 
 def load_codec(config: CodecConfig) -> Codec:
@@ -154,19 +171,14 @@ class _KLParts:
         mean_BCHW: Tensor = moments.chunk(2, dim=1)[0]
         return mean_BCHW
 
-    def maps(self, raw_BCHW: Tensor) -> Iterator[Tensor]:
-        z = raw_BCHW if self.vae.post_quant_conv is None else self.vae.post_quant_conv(raw_BCHW)
-        decoder = self.vae.decoder
-        h = decoder.mid_block(decoder.conv_in(z))
-        yield h
-        for block in decoder.up_blocks:
-            h = block(h)
-            yield h
+    def stages(self) -> list[list[nn.Module]]:
+        decoder, after_quantization = self.vae.decoder, self.vae.post_quant_conv
+        first = [] if after_quantization is None else [after_quantization]
+        return [[*first, decoder.conv_in, decoder.mid_block], *([block] for block in decoder.up_blocks)]
 
-    def images(self, last_BCHW: Tensor) -> Tensor:
+    def head(self) -> list[nn.Module]:
         decoder = self.vae.decoder
-        images_BCHW: Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(last_BCHW)))
-        return images_BCHW
+        return [decoder.conv_norm_out, decoder.conv_act, decoder.conv_out]
 
 
 class _TinyParts:
@@ -199,15 +211,28 @@ class _TinyParts:
         latents_BCHW: Tensor = self.vae.encoder(images_BCHW)
         return latents_BCHW
 
-    def maps(self, raw_BCHW: Tensor) -> Iterator[Tensor]:
-        h = torch.tanh(raw_BCHW / 3) * 3  # DecoderTiny.forward's soft clamp
+    def stages(self) -> list[list[nn.Module]]:
+        stages: list[list[nn.Module]] = [[_SoftClamp()]]
         *chain, _ = self.vae.decoder.layers
         for layer in chain:
             if isinstance(layer, nn.Upsample):
-                yield h
-            h = layer(h)
-        yield h
+                stages.append([])
+            stages[-1].append(layer)
+        return stages
 
-    def images(self, last_BCHW: Tensor) -> Tensor:
-        images_BCHW: Tensor = self.vae.decoder.layers[-1](last_BCHW)
-        return images_BCHW.mul(2).sub(1)  # TAESD's are in [0, 1]
+    def head(self) -> list[nn.Module]:
+        return [self.vae.decoder.layers[-1], _FromUnitRange()]
+
+
+class _SoftClamp(nn.Module):
+    """What `DecoderTiny.forward` does to raw latents."""
+
+    def forward(self, raw_BCHW: Tensor) -> Tensor:
+        return torch.tanh(raw_BCHW / 3) * 3
+
+
+class _FromUnitRange(nn.Module):
+    """TAESD's images are in [0, 1]."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.mul(2).sub(1)
