@@ -164,6 +164,14 @@ def _first_error(error: ValidationError, tree: Any) -> str:
     if first["type"] == "extra_forbidden":
         parent = _section_at(path[:-1], tree)
         message = "no such field" + (suggest(path[-1], parent.model_fields) if parent else "")
+    elif first["type"] == "union_tag_not_found":
+        example = ", ".join(f"{k}: ..." for k in first["input"]) if isinstance(first["input"], Mapping) else ""
+        message = (
+            f"a section set whole says its kind first, for example {{kind: NAME{', ' if example else ''}{example}}}"
+        )
+    elif first["type"] == "union_tag_invalid":
+        kinds = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
+        message = f"no kind {first['ctx']['tag']!r}{suggest(first['ctx']['tag'], kinds)}"
     elif first["type"] == "value_error":
         message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
     else:
