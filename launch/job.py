@@ -18,7 +18,7 @@ import yaml
 
 from launch import snapshot
 from trainer import recipes
-from trainer.config import CODE_ROOT, RunConfig, check_layout, resolve_url
+from trainer.config import CODE_ROOT, PerceptualConfig, RunConfig, check_layout, resolve_url
 from trainer.config_text import with_overrides
 from trainer.errors import UserError, one_line
 from trainer.phases import Schedule
@@ -150,22 +150,26 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             for i, encoder in enumerate(config.task.text.encoders):
                 weights = f"{encoder.weights_folder}/config.json".lstrip("/")
                 yield f"task.text.encoders.{i}.url", encoder.url, (weights,)
-        perceptual = config.task.perceptual
-        if perceptual.kind == "lpl" and perceptual.decoder_url:
-            yield "task.perceptual.decoder_url", perceptual.decoder_url, ("config.json",)
-        if perceptual.kind == "reweighting" and perceptual.of.decoder_url:
-            yield "task.perceptual.of.decoder_url", perceptual.of.decoder_url, ("config.json",)
-        if config.task.perceptual.kind == "latent_lpips" and any(phase.perceptual for phase in config.phases):
-            yield "task.perceptual.url", config.task.perceptual.url, ("config.json", "model.safetensors")
-        if config.task.perceptual.kind == "image_space" and any(phase.perceptual for phase in config.phases):
-            lpips = config.task.perceptual.lpips
-            for field, url in (("url", lpips.url), ("heads_url", lpips.heads_url)):
-                if url is not None:
-                    yield f"task.perceptual.lpips.{field}", url, ()
+        if any(phase.perceptual for phase in config.phases):
+            yield from _perceptual_inputs(config.task.perceptual)
     if config.task.kind == "latent_network":
         yield "task.codec.url", config.task.codec.url, ("config.json",)
     if config.init_from:
         yield "init_from.url", config.init_from.url, ()
+
+
+def _perceptual_inputs(config: PerceptualConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    match config.kind:
+        case "lpl" if config.decoder_url:
+            yield "task.perceptual.decoder_url", config.decoder_url, ("config.json",)
+        case "reweighting" if config.of.decoder_url and config.variance_ratio is None:
+            yield "task.perceptual.of.decoder_url", config.of.decoder_url, ("config.json",)
+        case "latent_lpips":
+            yield "task.perceptual.url", config.url, ("config.json", "model.safetensors")
+        case "image_space":
+            for field, url in (("url", config.lpips.url), ("heads_url", config.lpips.heads_url)):
+                if url is not None:
+                    yield f"task.perceptual.lpips.{field}", url, ()
 
 
 def check(spec: JobSpec, config: RunConfig) -> None:

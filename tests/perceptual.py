@@ -17,8 +17,6 @@ def make_context(z0_BCHW: Tensor, *, threshold: float = 3.0, downsampling: int =
     return PerceptualContext(
         **{
             "threshold": threshold,
-            "resolution": side,
-            "step": 0,
             "phase_step": 0,
             "paradigm": build_paradigm(ParadigmConfig(kind="ddpm_eps"), resolution=side),
             "images_BCHW": torch.zeros(size, 3, side, side),

@@ -69,7 +69,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-_TITLES = {"images_per_s": "images per second", "gate": "share of samples inside the LPL gate"}
+_TITLES = {"images_per_s": "images per second", "gate": "share of samples inside the gate"}
 
 
 def _term_order(term: str) -> tuple[int, str]:

@@ -303,8 +303,8 @@ def estimates(
     phase = load("demo").phases[-1].perceptual
     assert phase
     context = PerceptualContext(
-        threshold=threshold(phase, paradigm, RESOLUTION, config.perceptual.tau_reference_px), resolution=RESOLUTION,
-        step=max(step, 0), phase_step=max(step, 0), paradigm=paradigm, images_BCHW=pictures, denoising_B=denoising_B,
+        threshold=threshold(phase, paradigm, RESOLUTION, config.perceptual.tau_reference_px),
+        phase_step=max(step, 0), paradigm=paradigm, images_BCHW=pictures, denoising_B=denoising_B,
         text=text, uniform=lambda purpose: uniform(0, places, purpose),
         normal=lambda purpose: normal(0, places, purpose, z0.shape[1:], device=device),
     )  # fmt: skip

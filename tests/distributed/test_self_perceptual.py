@@ -41,6 +41,7 @@ SELF = (
     "task.perceptual.kind=self_perceptual",
     "task.perceptual.block=1",
     "phases.perceptual.perceptual.variance_share=0.1",
+    "phases.perceptual.perceptual.measure_steps=1",
 )
 EQ_15 = (
     *SHORT,

@@ -28,9 +28,9 @@ def latents(seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
     return z0, z0 + 0.3 * torch.randn(size, 4, 8, 8, generator=g)
 
 
-def test_the_gradient_of_the_total_is_that_of_eq_15(codec: Codec) -> None:
+def test_the_gradient_of_the_total_is_that_of_eq_15() -> None:
     weight, ratio, tau = 3.0, 0.7, 2.0
-    loss = Reweighting(ReweightingConfig(variance_ratio=ratio), build_lpl(LPLConfig(), codec))
+    loss = Reweighting(ReweightingConfig(variance_ratio=ratio), None)
     levels = torch.tensor([0.5, 2.0, 2.1, math.inf, math.nan])
     z0, estimate = latents(0, 5)
     estimate.requires_grad_()
@@ -47,8 +47,8 @@ def test_the_gradient_of_the_total_is_that_of_eq_15(codec: Codec) -> None:
     assert loss.state_tensors() == {}
 
 
-def test_a_sample_outside_the_gate_adds_nothing_though_it_is_no_number(codec: Codec) -> None:
-    loss = Reweighting(ReweightingConfig(variance_ratio=2.0), build_lpl(LPLConfig(), codec))
+def test_a_sample_outside_the_gate_adds_nothing_though_it_is_no_number() -> None:
+    loss = Reweighting(ReweightingConfig(variance_ratio=2.0), None)
     z0, estimate = latents(0, 2)
     denoising_B = torch.tensor([1.0, math.nan], requires_grad=True)
     added_B, _ = loss(estimate, z0, torch.tensor([1.0, 9.0]), make_context(z0, denoising_B=denoising_B))
@@ -59,7 +59,7 @@ def test_a_sample_outside_the_gate_adds_nothing_though_it_is_no_number(codec: Co
 
 
 def test_the_ratio_is_measured_in_the_phases_first_steps(codec: Codec) -> None:
-    lpl = build_lpl(LPLConfig(), codec)
+    lpl = build_lpl(LPLConfig(num_maps=1), codec)
     loss = Reweighting(ReweightingConfig(measure_steps=3), lpl)
     loss.begin_phase(torch.nn.Identity())
     ratios, wanted = [], []
@@ -132,3 +132,17 @@ def test_a_loss_that_never_varies_gets_no_weight() -> None:
     ours.add(torch.tensor([1.0, 2.0]), torch.zeros(2))
     ours.end_step(KEEP)
     assert ours.ratio(0, 1).item() == 0
+
+
+def test_no_ratio_until_enough_steps_have_counted() -> None:
+    """One step whose only gated sample is nearly clean must not decide a weight."""
+    variances = LossVariances(2, half_life_steps=100)
+    g = torch.Generator().manual_seed(0)
+    known = []
+    for i in range(12):
+        perceptual_B = 1e-6 * torch.eye(8)[0] if i == 0 else torch.rand(8, generator=g)
+        variances.add(torch.rand(8, generator=g), perceptual_B)
+        variances.end_step(REFUSE if i == 3 else KEEP)
+        known.append(variances.ratio(0, 1, min_steps=8).item())
+    assert [value > 0 for value in known] == [False] * 8 + [True] * 4
+    assert max(known) < 3

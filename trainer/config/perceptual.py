@@ -80,6 +80,11 @@ class LPLConfig(DecodingConfig):
     the codec, or the plain decoder of an asymmetric one. Its loss is another, with a weight of its own; channels that are
     nearly dead, as of one distilled for too short, need statistics=separate. Absent: the codec's own."""
 
+    @property
+    def by_micro_batch(self) -> bool:
+        """Whether the loss, and not only rounding, depends on how the batch is split."""
+        return self.over_batch == "gated" or self.sampled is not None
+
     @model_validator(mode="after")
     def _goes_together(self) -> "LPLConfig":
         if self.maps is not None and (self.num_maps is not None or not self.maps):
@@ -165,7 +170,7 @@ class ReweightingConfig(GatedConfig):
     outside the gate with an LPL of 0; until then the ratio is what the steps before have given, and 0 in the first."""
     measure_steps: PositiveInt = 16
     of: LPLConfig = LPLConfig()
-    """The loss whose variance is measured; it gives no gradient."""
+    """The loss whose variance is measured; it gives no gradient. The gate is this section's, not `of`'s."""
 
 
 PerceptualConfig = Annotated[

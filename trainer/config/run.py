@@ -131,6 +131,7 @@ NO_NUMBERS = {
     "optim.spikes": ("max_roll_backs",),
     "task.text": ("cache_mib",),
     "task.perceptual": ("chunk_size",),
+    "task.perceptual.of": ("chunk_size",),
     "ema": ("offload",),
     "parallel": (
         "replicas", "reshard_after_forward", "micro_batch_size", "keep_gathered", "activation_checkpointing", "compile",
@@ -154,6 +155,9 @@ def _numbers(config: RunConfig) -> dict[str, Any]:
             section = (section or {}).get(name)
         for field in fields:
             (section or {}).pop(field, None)  # not every run has such a section, nor every kind of it the field
+    task = config.task
+    if task.kind == "latent_diffusion" and task.perceptual.kind == "lpl" and task.perceptual.by_micro_batch:
+        tree["parallel"]["micro_batch_size"] = config.parallel.micro_batch_size
     return tree
 
 

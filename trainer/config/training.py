@@ -17,7 +17,9 @@ class PhasePerceptualConfig(Section):
     variance_share: PositiveFloat | None = None
     """In place of `weight`, which then says nothing: the weighted loss's variance is this share of the denoising term's,
     weighted as it is, by running variances (the paper compares its rivals at 0.1, section A.4). A phase begins with weight
-    0 for a step; from then on estimates lose half of their say every 100 steps."""
+    0; estimates lose half of their say every 100 steps."""
+    measure_steps: PositiveInt = 8
+    """Of `variance_share`: steps that are measured before the weight is more than 0."""
     tau: PositiveFloat | None = 3.0
     """Largest noise level sigma_t/alpha_t at which the loss counts (paper, Eq. 3, Figure 6); null: all count."""
     max_time: Annotated[float, Field(gt=0, le=1000)] | None = None

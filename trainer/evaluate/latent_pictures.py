@@ -170,7 +170,7 @@ def amplitude(numbers: Mapping[str, Any]) -> bytes:
         axes.legend(fontsize=8, title="growth as the side doubles", title_fontsize=8)
         _plain_log_ticks(axes)
     right.axhline(1.0 / len(maps), linestyle=":", color="0.5", label="equal shares")
-    right.plot(x, omega, linestyle="--", color="black", label=r"omega $= r_1/r_l$ itself")
+    right.plot(x, omega / omega.sum(), linestyle="--", color="black", label=r"omega $= r_1/r_l$ alone")
     right.set_title("Term times omega")
     right.set_ylabel("share of the sum over maps")
     right.set_ylim(0, 1.05)

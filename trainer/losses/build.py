@@ -30,4 +30,4 @@ def build_perceptual_loss(config: PerceptualConfig, codec: Codec, trained: nn.Mo
         case "self_perceptual":
             return SelfPerceptualLoss(config, trained)
         case "reweighting":
-            return Reweighting(config, build_lpl(config.of, codec))
+            return Reweighting(config, build_lpl(config.of, codec) if config.variance_ratio is None else None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainer.config import CropConfig, LPLConfig, SampledConfig
 from trainer.diffusion.paradigms import Paradigm
 from trainer.errors import UserError
-from trainer.losses.gate import inside
+from trainer.losses.gate import inside, training_levels
 from trainer.losses.injection import to_device
 from trainer.losses.perceptual import PerceptualContext
 from trainer.models.autoencoders import Codec
@@ -173,8 +173,7 @@ def sizes(sums_K4: Tensor) -> tuple[Tensor, float]:
 
 def level_quantiles(paradigm: Paradigm, threshold: float, num_bins: int) -> Tensor:
     """Edges (num_bins - 1,) between bins of noise levels inside the gate, float64: training fills the bins evenly."""
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    level = paradigm.noise_level(paradigm.sample_t(u)).double()
+    level = training_levels(paradigm)
     level = level[level <= threshold]
     if not len(level):
         return torch.full((num_bins - 1,), math.inf, dtype=torch.float64)
@@ -276,9 +275,6 @@ class LightDecoder(FrozenDecoder):
 
     def forward(self, latents_BCHW: Tensor, window: Window | None = None, num_maps: int | None = None) -> list[Tensor]:
         return super().forward(latents_BCHW * self._scale + self._shift, window, num_maps)
-
-    def images(self, latents_BCHW: Tensor) -> Tensor:
-        return super().images(latents_BCHW * self._scale + self._shift)
 
 
 def shared_latents(codec: Codec, light: Codec) -> tuple[float, float]:

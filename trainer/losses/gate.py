@@ -1,5 +1,6 @@
 """Which samples a perceptual loss counts for: those whose noise level sigma/alpha is within a bound (Eq. 3)."""
 
+import functools
 import math
 
 import torch
@@ -22,12 +23,24 @@ def scaled_tau(tau: float, resolution: int, reference_px: int | None) -> float:
     return tau * resolution / reference_px if reference_px else tau
 
 
+@functools.lru_cache(maxsize=64)  # asked in every step
 def _level_below(paradigm: Paradigm, max_time: float) -> float:
     """Largest noise level of the times below `max_time`, of 1000. Levels grow with time."""
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    t = paradigm.sample_t(u)
-    below = t[paradigm.model_time(t) < max_time * (NUM_TIMESTEPS / 1000)]
+    times = _training_times(paradigm)
+    below = times[paradigm.model_time(times) < max_time * (NUM_TIMESTEPS / 1000)]
     return paradigm.noise_level(below).max().item() if len(below) else 0.0
+
+
+def _training_times(paradigm: Paradigm) -> Tensor:
+    """Times of 100,000 evenly spread draws: what training sees, to about 1e-5."""
+    num_points = 100_000
+    return paradigm.sample_t((torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points)
+
+
+@functools.lru_cache(maxsize=16)
+def training_levels(paradigm: Paradigm) -> Tensor:
+    """Their noise levels, float64."""
+    return paradigm.noise_level(_training_times(paradigm)).double()
 
 
 def inside(noise_level_B: Tensor, bound: float) -> Tensor:
@@ -38,6 +51,4 @@ def inside(noise_level_B: Tensor, bound: float) -> Tensor:
 
 def gate_share(paradigm: Paradigm, bound: float) -> float:
     """Share of training samples whose noise level is within `bound`, to about 1e-5; for a check at start."""
-    num_points = 100_000
-    u = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
-    return (paradigm.noise_level(paradigm.sample_t(u)) <= bound).double().mean().item()
+    return (training_levels(paradigm) <= bound).double().mean().item()

@@ -19,9 +19,6 @@ class PerceptualContext:
 
     threshold: float
     """Largest noise level at which the loss counts; inf: all count."""
-    resolution: int
-    """Side of the images that the latents stand for, in pixels."""
-    step: int
     phase_step: int
     """Steps done since the phase began."""
     paradigm: Paradigm

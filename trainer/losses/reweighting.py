@@ -20,11 +20,11 @@ class Reweighting(PerceptualLoss):
 
     name = "reweighting"
 
-    def __init__(self, config: ReweightingConfig, lpl: PerceptualLoss) -> None:
-        """`lpl`: whose variance is measured."""
+    def __init__(self, config: ReweightingConfig, lpl: PerceptualLoss | None) -> None:
+        """`lpl`: whose variance is measured; None where the ratio is given."""
         super().__init__()
-        self.config = config
-        self.lpl = lpl if config.variance_ratio is None else None
+        assert (lpl is None) == (config.variance_ratio is not None)
+        self.config, self.lpl = config, lpl
         self.variances = LossVariances(2)
 
     @property

@@ -52,7 +52,9 @@ class LossVariances(nn.Module):
         later = self._decay * self.sums + torch.cat([torch.ones_like(variance_K[:1]), variance_K])
         self.sums.copy_(torch.where(counts, later, self.sums))
 
-    def ratio(self, over: int, under: int) -> Tensor:
-        """Variance of term `over` divided by that of term `under`, float32 (); 0 while nothing is known of either."""
-        known = self.sums[1 + under] > 0
+    def ratio(self, over: int, under: int, *, min_steps: int = 1) -> Tensor:
+        """Variance of term `over` divided by that of term `under`, float32 (); 0 until so many steps have counted, of which
+        one may happen to hold next to nothing inside a gate."""
+        decayed = sum(self._decay**i for i in range(min_steps))
+        known = (self.sums[1 + under] > 0) & (self.sums[0] > decayed - 0.5 * self._decay**min_steps)
         return torch.where(known, self.sums[1 + over] / self.sums[1 + under], 0.0).float()

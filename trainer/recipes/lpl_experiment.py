@@ -164,15 +164,17 @@ class PlannedRun:
 def planned_runs(
     size: Size, chosen: tuple[Variant, ...], runs_dir: str, paradigms: Sequence[str] = tuple(PARADIGMS)
 ) -> Iterator[PlannedRun]:
-    """Pre-trainings first; then by seed, so that an early stop leaves whole comparisons."""
+    """Pre-trainings first, then baseline and LPL; then rivals and options by seed, so that an early stop leaves whole
+    comparisons."""
+    seeds = {"main": size.seeds, "rival": size.rival_seeds, "option": size.option_seeds}
     for paradigm in paradigms:
         name = pretrain_name(paradigm)
         yield PlannedRun(name, "", paradigm, 0, _pretrain(size, paradigm, name), 1.0)
-    for group in ("main", "rival", "option"):
-        for seed in range({"rival": size.rival_seeds, "option": size.option_seeds}.get(group, size.seeds)):
-            for paradigm in paradigms if group == "main" else RIVALS_ON:
+    for groups in (("main",), ("rival", "option")):
+        for seed in range(max(seeds[group] for group in groups)):
+            for paradigm in paradigms if groups == ("main",) else RIVALS_ON:
                 for variant in chosen:
-                    if variant.group == group and paradigm in paradigms:
+                    if variant.group in groups and seed < seeds[variant.group] and paradigm in paradigms:
                         name = run_name(paradigm, variant.name, seed)
                         config = _continuation(size, paradigm, variant, seed, name, runs_dir)
                         after = (pretrain_name(paradigm),)

@@ -156,8 +156,6 @@ class LatentDiffusionTask(Task):
             if phase.perceptual and self.perceptual:
                 context = PerceptualContext(
                     threshold=self._threshold(phase.perceptual, batch.resolution),
-                    resolution=batch.resolution,
-                    step=plan.step,
                     phase_step=plan.phase_step,
                     paradigm=paradigm,
                     images_BCHW=images,
@@ -174,7 +172,8 @@ class LatentDiffusionTask(Task):
                 if phase.perceptual.variance_share is not None:
                     assert self._variances is not None
                     # section A.4: the share of the denoising term's variance that the weighted loss's is to be
-                    weight = (phase.perceptual.variance_share * self._variances.ratio(0, 1)).sqrt()
+                    ratio = self._variances.ratio(0, 1, min_steps=phase.perceptual.measure_steps)
+                    weight = (phase.perceptual.variance_share * ratio).sqrt()
                     self._variances.add(loss_B, perceptual_B)
                     terms["perceptual_weight"] = weight.expand(perceptual_B.shape)
                 loss_B = loss_B + weight * perceptual_B
