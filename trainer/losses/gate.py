@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def training_levels(paradigm: Paradigm) -> Tensor:
 def inside(noise_level_B: Tensor, bound: float) -> Tensor:
     """Row numbers of the samples that count, on the host. A level that is NaN is outside."""
     assert noise_level_B.device.type == "cpu", "the gate is decided on the host; noise levels must be there"
-    return (noise_level_B <= bound).nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(noise_level_B.numpy() <= bound))
 
 
 def gate_share(paradigm: Paradigm, bound: float) -> float:
