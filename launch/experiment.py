@@ -109,6 +109,9 @@ def lpl(
     if class_images is not None and not any("latent_network" in v.needs for v in chosen):
         class_images = None
     if dry_run:
+        given = {"--features-weights": features_weights, "--lpips-weights": lpips_weights}
+        if missing := [option for option, value in given.items() if value is None]:
+            click.echo(f"to start them, give {' and '.join(missing)}")
         return _tell_plan(runs, size, left_out, workers)
     jobs: list[Job] = []
     if not report_only:
