@@ -12,6 +12,7 @@ from PIL import Image
 
 from launch.cli import cli
 from launch.entry import run_command
+from trainer import whole_files
 from trainer.errors import UserError
 from trainer.evaluate import latent_report
 from trainer.evaluate.latent_report import PARTS, Analysis, claim, write
@@ -188,14 +189,14 @@ def test_a_write_that_fails_leaves_nothing_that_looks_whole(tmp_path: Path, monk
     with pytest.raises(UserError, match="already; give another folder, or --overwrite"):
         claim(str(tmp_path), overwrite=False)
 
-    replace = latent_report.os.replace
+    replace = whole_files.os.replace
 
     def full(source: Path, target: Path) -> None:
         if target.name == "outliers.png":
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(latent_report.os, "replace", full)
+    monkeypatch.setattr(whole_files.os, "replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         write(claim(str(tmp_path), overwrite=True), Analysis(numbers, {"gate.png": b"2", "outliers.png": b"2"}))
     # the old numbers are gone, so no reader takes the mixture for an analysis

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from trainer.evaluate.chosen_images import Chosen, Images
 from trainer.evaluate.latents import Interpolation, Outliers, Sensitivity, sensitivity
 from trainer.evaluate.lpl_constants import Amplitude, gate_shares
 from trainer.models.autoencoders import Codec
+from trainer.whole_files import write_whole
 
 PARTS = ("outliers", "sensitivity", "interpolation", "amplitude", "gate")
 NUMBERS = "analysis.json"
@@ -355,18 +355,6 @@ def write(folder: Path, found: Analysis) -> None:
             if f"{part}.png" not in found.pictures:
                 (folder / f"{part}.png").unlink(missing_ok=True)
         for name, data in (*found.pictures.items(), (NUMBERS, text.encode())):
-            _write_whole(folder, name, data)
+            write_whole(folder / name, data)
     except OSError as e:
         raise UserError(f"--out: {folder} cannot be written to ({one_line(e)}); make room, or give another") from None
-
-
-def _write_whole(folder: Path, name: str, data: bytes) -> None:
-    temporary = folder / f".{name}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ figures. Every run samples the same captions from the same noise, so runs are co
 import argparse
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from trainer.rng import normal
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tensors import pixels_to_images
 from trainer.warm_start import warm_start
+from trainer.whole_files import write_whole
 
 NOISE_LEVELS = (0.5, 1.0, 2.0, 4.0)
 """sigma/alpha at which held-out images are noised and estimated in one step."""
@@ -76,14 +76,6 @@ class Experiment:
 
     def lpips(self) -> LPIPS:
         return build_lpips(LPIPSConfig(network="alex_shift_tolerant", url=self.lpips_weights))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """By rename: a file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from trainer.errors import ExitCode, UserError
 from trainer.experiments import plots
-from trainer.experiments.evaluate import write_whole
 from trainer.experiments.results import (
     BASELINE,
     BY_NAME,
@@ -27,8 +26,9 @@ from trainer.experiments.results import (
     Spread,
     table,
 )
+from trainer.recipes.lpl_experiment import RIVALS_ON
+from trainer.whole_files import write_whole
 
-RIVALS_ON = "ddpm_eps"
 PANELS = ("frechet", "spectrum_high", "lpips_same", "latent_same", "estimate_lpips", "estimate_latent")
 RIVAL_COLUMNS = ("frechet", "kernel", "spectrum", "spectrum_high", "latent_same", "lpips_same", "estimate_lpips")
 PICTURES, NOTES = "lpl", "lpl_notes.md"

@@ -42,8 +42,8 @@ PARADIGMS = {"ddpm_eps": "eps", "ddpm_v": "v", "flow": "flow"}
 """The paper's three, and what run names call them."""
 RESOLUTION = 64
 BASELINE, LPL = "baseline", "lpl"
-RIVALS_ON = ("ddpm_eps",)
-"""Paradigms on which rivals and options run."""
+RIVALS_ON = "ddpm_eps"
+"""The paradigm on which rivals and options run."""
 RIVAL_SHARE = 0.1
 """Variance of a rival's weighted term over that of the denoising loss (Berrada et al. 2025, section A.4)."""
 
@@ -172,7 +172,7 @@ def planned_runs(
         yield PlannedRun(name, "", paradigm, 0, _pretrain(size, paradigm, name), 1.0)
     for groups in (("main",), ("rival", "option")):
         for seed in range(max(seeds[group] for group in groups)):
-            for paradigm in paradigms if groups == ("main",) else RIVALS_ON:
+            for paradigm in paradigms if groups == ("main",) else (RIVALS_ON,):
                 for variant in chosen:
                     if variant.group in groups and seed < seeds[variant.group] and paradigm in paradigms:
                         name = run_name(paradigm, variant.name, seed)
