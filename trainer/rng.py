@@ -19,7 +19,7 @@ spread the most evenly."""
 
 Purpose = Literal[
     "noise", "timestep", "caption_dropout", "encoder_dropout", "posterior", "sample", "second_noise", "second_timestep",
-    "estimator", "augmentation",
+    "estimator", "augmentation", "transform", "codebook",
 ]  # fmt: skip
 
 

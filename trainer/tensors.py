@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def pixels_to_images(pixels_BCHW: Tensor) -> Tensor:
@@ -23,3 +24,14 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor (a collective when it is sharded)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(whole: Tensor, target: Tensor) -> None:
+    """A whole tensor, the same on every rank, into `target`, sharded or not, in place."""
+    if isinstance(target, DTensor):
+        # every rank has the whole, so each cuts out its part without a word
+        part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(part.to_local())
+    else:
+        target.detach().copy_(whole)

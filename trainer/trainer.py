@@ -155,7 +155,7 @@ class Trainer:
         norm = optim.clip_gradients(module, config.optim.max_grad_norm)
         if self.spikes and plan.begins_phase:
             self.spikes.begin_phase()
-        skip, spike, loss = self._judge(terms_B["loss"], norm)
+        skip, spike, loss = self._judge(terms_B["loss"], norm, self.task.own_gradient_norm(plan))
         self.ema.wait_for_copy()
         with self.update_ratio.measured(self._report_is_due(plan)):
             optim.step(self.optimizer, plan.learning_rate, skip)
@@ -167,10 +167,12 @@ class Trainer:
         self._resolve_pending()
         self._pending = Verdict(plan.step, Readback(skip, spike, recent, norm), batch.keys, terms_B["loss"])
 
-    def _judge(self, loss_B: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _judge(self, loss_B: Tensor, norm: Tensor, tasks_norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(skip, spike, loss): 1.0 on every rank where the step must not count, and the global batch's mean loss."""
         # a loss may be non-finite on one rank and its gradient finite
         unfit = ~(norm.isfinite() & loss_B.isfinite().all())
+        if tasks_norm is not None:
+            unfit = unfit | ~tasks_norm.isfinite()
         sums = torch.stack([unfit.double(), loss_B.double().sum()])
         dist.all_reduce(sums)
         loss = sums[1] / (loss_B.numel() * self.world.size)

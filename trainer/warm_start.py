@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.checkpoint.collective import Ranks
 from trainer.checkpoint.errors import CorruptCheckpoint
@@ -28,7 +27,7 @@ from trainer.models.sd3_weights import sd3_state_to_mmdit
 from trainer.parallel.world import World
 from trainer.run_folder import CHECKPOINTS
 from trainer.safetensors_source import SafetensorsSource
-from trainer.tensors import locals_of
+from trainer.tensors import locals_of, put
 
 PREFIXES = ("", "denoiser.", "denoiser.net.", "autoencoder.")
 """Where a library's own module stands in ours: its names follow one of these."""
@@ -238,9 +237,4 @@ def _spread(tensor: Tensor | None, target: Tensor, world: World) -> None:
     if tensor is not None:
         whole.copy_(tensor)
     dist.broadcast(whole, src=0)
-    if isinstance(target, DTensor):
-        # every rank has the whole, so each cuts out its part without a word
-        part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(part.to_local())
-    else:
-        target.detach().copy_(whole)
+    put(whole, target)

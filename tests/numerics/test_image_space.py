@@ -250,14 +250,15 @@ def test_only_what_is_inside_is_decoded(
 ) -> None:
     loss = build(kind, demo_codec, lpips_url)
     assert isinstance(loss, ImageSpaceLoss | DecodedRGBLoss)
-    assert loss.decoder is not None
-    plain, sizes = loss.decoder.images, []
+    decoder = loss.of_latents.decoder if isinstance(loss, ImageSpaceLoss) else loss.decoder
+    assert decoder is not None
+    plain, sizes = decoder.images, []
 
     def counted(z: Tensor) -> Tensor:
         sizes.append((len(z), z.requires_grad))
         return plain(z)
 
-    monkeypatch.setattr(loss.decoder, "images", counted)
+    monkeypatch.setattr(decoder, "images", counted)
     x = pictures()
     run(loss, *latents(demo_codec, x), x)
     assert sorted(sizes) == [(2, False), (2, True), (3, False), (3, True)]

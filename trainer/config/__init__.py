@@ -5,11 +5,25 @@ A recipe is a function that returns a `RunConfig`; a variant calls another recip
 `trainer/config_text.py` reads and writes it as text.
 """
 
+from trainer.config.autoencoder import (
+    AsymmetricKLModelConfig,
+    AutoencoderConfig,
+    AutoencoderModelConfig,
+    CodebookConfig,
+    ConsistencyConfig,
+    DiscriminatorConfig,
+    EquivarianceConfig,
+    KLModelConfig,
+    OutlierPenaltyConfig,
+    VQModelConfig,
+)
+from trainer.config.codec import CodecConfig
 from trainer.config.data import DataConfig, DatasetConfig
 from trainer.config.perceptual import (
     CropConfig,
     DecodedRGBConfig,
     ImageSpaceConfig,
+    ImageSpaceTermsConfig,
     LatentLPIPSConfig,
     LPIPSConfig,
     LPLConfig,
@@ -29,11 +43,8 @@ from trainer.config.run import (
 )
 from trainer.config.section import CODE_ROOT, Section, replace, resolve_url
 from trainer.config.task import (
-    AutoencoderConfig,
-    AutoencoderModelConfig,
     ByteTextConfig,
     ClassLabelConfig,
-    CodecConfig,
     DenoiserConfig,
     DiTConfig,
     EncoderConfig,
@@ -58,19 +69,22 @@ from trainer.config.training import (
     PhasePerceptualConfig,
     PromptAccuracyConfig,
     RateScheduleConfig,
+    ReconstructionsConfig,
     SamplesConfig,
     SpikeConfig,
 )
 
 __all__ = [
-    "CODE_ROOT", "AutoencoderConfig", "AutoencoderModelConfig", "ByteTextConfig", "CheckpointConfig",
-    "ClassLabelConfig", "CodecConfig", "CropConfig", "DataConfig", "DatasetConfig", "DecodedRGBConfig",
-    "DenoiserConfig", "DiTConfig", "EMAConfig", "EncoderConfig", "FrozenTextConfig", "ImageSpaceConfig",
-    "InitFromConfig", "LPIPSConfig", "LPLConfig", "LatentDiffusionConfig", "LatentLPIPSConfig", "LatentNetworkConfig",
-    "LatentVGGConfig", "MMDiTConfig",
-    "MetricsConfig", "OptimConfig", "ParadigmConfig", "ParallelConfig", "PerceptualConfig", "PhaseConfig",
-    "PhasePerceptualConfig", "PixArtConfig", "PromptAccuracyConfig", "RateScheduleConfig", "ReweightingConfig",
-    "RunConfig", "SampledConfig", "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TextConfig",
-    "UNetConfig", "check_layout", "config_digest", "differences", "differences_in_words", "explain_digests",
+    "CODE_ROOT", "AsymmetricKLModelConfig", "AutoencoderConfig", "AutoencoderModelConfig", "ByteTextConfig",
+    "CheckpointConfig", "ClassLabelConfig", "CodebookConfig", "CodecConfig", "ConsistencyConfig", "CropConfig",
+    "DataConfig", "DatasetConfig", "DecodedRGBConfig", "DenoiserConfig", "DiTConfig", "DiscriminatorConfig",
+    "EMAConfig", "EncoderConfig", "EquivarianceConfig", "FrozenTextConfig", "ImageSpaceConfig",
+    "ImageSpaceTermsConfig", "InitFromConfig", "KLModelConfig", "LPIPSConfig", "LPLConfig",
+    "LatentDiffusionConfig", "LatentLPIPSConfig", "LatentNetworkConfig", "LatentVGGConfig", "MMDiTConfig",
+    "MetricsConfig", "OptimConfig", "OutlierPenaltyConfig", "ParadigmConfig", "ParallelConfig",
+    "PerceptualConfig", "PhaseConfig", "PhasePerceptualConfig", "PixArtConfig", "PromptAccuracyConfig",
+    "RateScheduleConfig", "ReconstructionsConfig", "ReweightingConfig", "RunConfig", "SampledConfig",
+    "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TextConfig", "UNetConfig",
+    "VQModelConfig", "check_layout", "config_digest", "differences", "differences_in_words", "explain_digests",
     "replace", "resolve_url", "run_digest",
 ]  # fmt: skip

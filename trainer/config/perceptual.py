@@ -119,11 +119,10 @@ class LPIPSConfig(Section):
     """File with the 1x1 heads alone, where `url` has the trunk only."""
 
 
-class ImageSpaceConfig(DecodingConfig):
+class ImageSpaceTermsConfig(Section):
     """Image-space latent perceptual loss (CogVideo): a weighted sum of the latents' squared error, LPIPS between the decoded
     estimate and the decoded truth, and LPIPS between the decoded estimate and the input image."""
 
-    kind: Literal["image_space"] = "image_space"
     lpips: LPIPSConfig = LPIPSConfig()
     latent_weight: NonNegativeFloat = 1.0
     decoded_weight: NonNegativeFloat = 1.0
@@ -132,10 +131,16 @@ class ImageSpaceConfig(DecodingConfig):
     """Side to which images are resized, bicubic and antialiased, before LPIPS; absent: as they are."""
 
     @model_validator(mode="after")
-    def _some_term(self) -> "ImageSpaceConfig":
+    def _some_term(self) -> "ImageSpaceTermsConfig":
         if not (self.latent_weight or self.decoded_weight or self.input_weight):
             raise ValueError("latent_weight, decoded_weight, input_weight: all are 0; give one of them a weight")
         return self
+
+
+class ImageSpaceConfig(ImageSpaceTermsConfig, DecodingConfig):
+    """The same of a diffusion model's clean estimate, inside the gate."""
+
+    kind: Literal["image_space"] = "image_space"
 
 
 class LatentLPIPSConfig(GatedConfig):

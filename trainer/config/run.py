@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from trainer.config.autoencoder import AutoencoderConfig
 from trainer.config.data import DataConfig
 from trainer.config.section import NonNegativeInt, Section
 from trainer.config.task import LatentDiffusionConfig, LatentNetworkConfig, TaskConfig
@@ -19,6 +20,7 @@ from trainer.config.training import (
     ParallelConfig,
     PhaseConfig,
     PromptAccuracyConfig,
+    ReconstructionsConfig,
     SamplesConfig,
 )
 from trainer.errors import UserError
@@ -41,6 +43,8 @@ class RunConfig(Section):
     samples: SamplesConfig | None = None
     """Sample grids at intervals and at the end; latent diffusion only."""
     prompt_accuracy: PromptAccuracyConfig | None = None
+    reconstructions: ReconstructionsConfig | None = None
+    """Evaluation of what the autoencoder task trains."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "RunConfig":
@@ -57,15 +61,21 @@ class RunConfig(Section):
                 raise ValueError(
                     f"phases.{i}.perceptual: belongs to the latent_diffusion task, this is {self.task.kind}"
                 )
+        for field, kind in (("samples", "latent_diffusion"), ("prompt_accuracy", "latent_diffusion"),
+                            ("reconstructions", "autoencoder")):  # fmt: skip
+            if getattr(self, field) and self.task.kind != kind:
+                raise ValueError(f"{field}: belongs to the {kind} task, this is {self.task.kind}")
         if self.task.kind == "latent_diffusion":
             _check_resolutions(self.task, self.phases)
             self._check_sampling(self.task)
+        elif self.task.kind == "latent_network":
+            _check_latents(self.task, self.phases)
         else:
-            if self.task.kind == "latent_network":
-                _check_latents(self.task, self.phases)
-            for field in ("samples", "prompt_accuracy"):
-                if getattr(self, field):
-                    raise ValueError(f"{field}: belongs to the latent_diffusion task, this is {self.task.kind}")
+            _check_autoencoder(self.task, self.phases)
+            if self.task.trained != "all" and not self.init_from:
+                raise ValueError(
+                    f"task.trained: {self.task.trained} of an autoencoder that nothing has trained; set init_from.url to one"
+                )
         return self
 
     def _check_sampling(self, task: LatentDiffusionConfig) -> None:
@@ -122,9 +132,27 @@ def _check_latents(task: LatentNetworkConfig, phases: tuple[PhaseConfig, ...]) -
             )
 
 
+def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...]) -> None:
+    factor = task.model.downsampling
+    if task.reconstructs == "latents" and task.teacher:
+        factor *= task.teacher.downsampling
+    for i, phase in enumerate(phases):
+        side, rest = divmod(phase.resolution, factor)
+        if rest:
+            raise ValueError(
+                f"phases.{i}.resolution: {phase.resolution} px is no multiple of {factor}, the autoencoder's downsampling; "
+                f"take {(side + 1) * factor}"
+            )
+        if task.discriminator and phase.resolution < task.discriminator.smallest_px:
+            raise ValueError(
+                f"phases.{i}.resolution: {phase.resolution} px leave nothing of an image behind the discriminator, which needs "
+                f"{task.discriminator.smallest_px}; set task.discriminator.num_layers below {task.discriminator.num_layers}"
+            )
+
+
 # -------------------------------------------------------------------------------------------------- a config as a whole
 
-REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "name")
+REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "name")
 NO_NUMBERS = {
     "data": ("num_workers", "prefetch_steps", "timeout_s", "cache_dir", "max_bad_samples"),
     "optim": ("max_skipped_in_a_row",),
@@ -156,7 +184,9 @@ def _numbers(config: RunConfig) -> dict[str, Any]:
         for field in fields:
             (section or {}).pop(field, None)  # not every run has such a section, nor every kind of it the field
     task = config.task
-    if task.kind == "latent_diffusion" and task.perceptual.kind == "lpl" and task.perceptual.by_micro_batch:
+    if (task.kind == "latent_diffusion" and task.perceptual.kind == "lpl" and task.perceptual.by_micro_batch) or (
+        task.kind == "autoencoder" and task.by_micro_batch
+    ):
         tree["parallel"]["micro_batch_size"] = config.parallel.micro_batch_size
     return tree
 

@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from trainer.config.autoencoder import AutoencoderConfig
+from trainer.config.codec import CodecConfig
 from trainer.config.perceptual import LPLConfig, PerceptualConfig
-from trainer.config.section import NonNegativeFloat, NonNegativeInt, Probability, Section
+from trainer.config.section import NonNegativeInt, Probability, Section
 
 # ------------------------------------------------------------------------------------------------------ text, or classes
 
@@ -223,18 +225,7 @@ class PixArtConfig(PatchTransformerConfig):
 
 DenoiserConfig = Annotated[MMDiTConfig | UNetConfig | DiTConfig | PixArtConfig, Field(discriminator="kind")]
 
-# ------------------------------------------------------------------------------------------- codec, paradigm, losses
-
-
-class CodecConfig(Section):
-    """A frozen autoencoder of diffusers: `AutoencoderKL`, `AsymmetricAutoencoderKL` or `AutoencoderTiny`. Scale and shift
-    are its own config's. Channels and downsampling are declared, so that a run can be checked without its weights."""
-
-    url: str
-    """Folder with `config.json` and safetensors weights; `repo://PATH` lies within the code itself."""
-    latent_channels: PositiveInt = 4
-    downsampling: PositiveInt = 8
-    """Side of an image over side of its latents."""
+# --------------------------------------------------------------------------------------------------- paradigm, losses
 
 
 class ParadigmConfig(Section):
@@ -285,26 +276,6 @@ class LatentDiffusionConfig(Section):
         if model.kind == "mmdit" and text.kind == "frozen" and not text.pooled_width:
             raise ValueError("text.encoders: mmdit needs a pooled text; give an encoder its pooled_width")
         return self
-
-
-# ------------------------------------------------------------------------------------------------- the autoencoder task
-
-
-class AutoencoderModelConfig(Section):
-    """Sizes of a diffusers `AutoencoderKL`."""
-
-    block_out_channels: tuple[PositiveInt, ...]
-    layers_per_block: PositiveInt = 1
-    latent_channels: PositiveInt = 4
-    norm_num_groups: PositiveInt = 32
-
-
-class AutoencoderConfig(Section):
-    """Stage 1 at its simplest: L1 + KL, one optimizer."""
-
-    kind: Literal["autoencoder"] = "autoencoder"
-    model: AutoencoderModelConfig
-    kl_weight: NonNegativeFloat = 1e-6
 
 
 # ----------------------------------------------------------------------------------------------- the latent network task

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from trainer.config.data import DatasetConfig
+from trainer.config.perceptual import LPIPSConfig
 from trainer.config.section import NonNegativeFloat, NonNegativeInt, Probability, Section
 
 # ------------------------------------------------------------------------------------------------------------- schedule
@@ -207,6 +209,23 @@ class SamplesConfig(Section):
     num_steps: PositiveInt = 50
     guidance_scale: PositiveFloat = 2.0
     seed: int = 0
+
+
+class ReconstructionsConfig(Section):
+    """An autoencoder's evaluation, of the averaged weights, at intervals and at the end: PSNR, SSIM, LPIPS, Frechet distance,
+    latent statistics, codebook usage, outliers of the decoder's maps, and a grid of originals and reconstructions."""
+
+    every_steps: PositiveInt = 1000
+    count: Annotated[int, Field(ge=2)] = 256
+    """Images, spread evenly over the dataset."""
+    dataset: DatasetConfig | None = None
+    """Held-out images; absent: the first of the run's own, which it has seen."""
+    grid: PositiveInt = 8
+    """Images shown."""
+    features_url: str | None = None
+    """File with EfficientNet-Lite0's weights, for the Frechet distance (which on its features is not FID); absent: none."""
+    lpips: LPIPSConfig | None = None
+    """Absent: that of `task.lpips`, if there is one."""
 
 
 class PromptAccuracyConfig(Section):

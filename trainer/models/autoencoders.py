@@ -115,8 +115,11 @@ def run_chain(modules: Iterable[nn.Module], h: Tensor) -> Tensor:
     return h
 
 
-def load_codec(config: CodecConfig) -> Codec:
+def load_codec(config: CodecConfig, section: str = "task.codec") -> Codec:
     """The autoencoder at `config.url`, float32 and on the CPU, if it is the one that the config declares.
+
+    Args:
+        section: of the config, for messages.
 
     Raises:
         UserError: as `Codec.load`; or its latents have other channels or another size than declared.
@@ -126,7 +129,7 @@ def load_codec(config: CodecConfig) -> Codec:
     for field in ("latent_channels", "downsampling"):  # before the weights are read: they may be far away
         declared, found = getattr(config, field), getattr(codec, field)
         if declared != found:
-            raise UserError(f"task.codec.{field}: {declared}, but the autoencoder at {config.url} has {found}; set it "
+            raise UserError(f"{section}.{field}: {declared}, but the autoencoder at {config.url} has {found}; set it "
                             f"to {found}, or give the URL of an autoencoder with {declared}")  # fmt: skip
     load_weights(config.url, vae)
     return codec

@@ -2,13 +2,13 @@
 
 from trainer.config import (
     AutoencoderConfig,
-    AutoencoderModelConfig,
     ByteTextConfig,
     CheckpointConfig,
     CodecConfig,
     DataConfig,
     DatasetConfig,
     EMAConfig,
+    KLModelConfig,
     LatentDiffusionConfig,
     LPLConfig,
     MetricsConfig,
@@ -88,7 +88,7 @@ def demo_autoencoder() -> RunConfig:
     return RunConfig(
         name="demo_autoencoder",
         task=AutoencoderConfig(
-            model=AutoencoderModelConfig(block_out_channels=(24, 32, 64, 64), norm_num_groups=8)
+            model=KLModelConfig(block_out_channels=(24, 32, 64, 64), norm_num_groups=8)
         ),
         data=DataConfig(datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64")}, flip_probability=0.5),
         phases=(

@@ -41,6 +41,11 @@ class Task(ABC):
         rank and in every micro-batch of a step.
         """
 
+    def own_gradient_norm(self, plan: StepPlan) -> Tensor | None:
+        """After a step's last micro-batch: the global norm of the gradients that the task steps with itself in `end_step`,
+        reduced over ranks here; None where there are none. A step where it is not finite is refused as a whole."""
+        return None
+
     def end_step(self, plan: StepPlan, keep: Tensor) -> None:  # noqa: B027
         """After a step, on all ranks. `keep`: 1.0 where it counts, 0.0 where it was refused, on the device."""
 

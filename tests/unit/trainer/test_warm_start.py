@@ -16,15 +16,15 @@ from tests.tiny import tiny
 from tests.unit.trainer.test_checkpoint_manager import flip
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manager import CheckpointManager
-from trainer.config import InitFromConfig, LatentDiffusionConfig
+from trainer.config import AutoencoderConfig, InitFromConfig, KLModelConfig, LatentDiffusionConfig
 from trainer.ema import EMA
 from trainer.errors import UserError
 from trainer.models.diffusers_denoisers import DiT, PixArt, UNet
 from trainer.models.mmdit import MMDiT
+from trainer.models.reconstruction import Reconstruction
 from trainer.models.sd3_weights import mmdit_to_diffusers
 from trainer.parallel.world import World
 from trainer.safetensors_source import SafetensorsSource
-from trainer.tasks.autoencoder import Reconstruction, build_autoencoder
 from trainer.tasks.latent_diffusion import TextToImage
 from trainer.warm_start import Mismatch, Report, warm_start
 
@@ -277,16 +277,15 @@ def test_a_folder_of_diffusers_dit(tmp_path: Path, alone: World) -> None:
 
 def test_a_folder_of_an_autoencoder(tmp_path: Path, alone: World) -> None:
     config = tiny_autoencoder()
-    source, module = Reconstruction(build_autoencoder(config)), Reconstruction(build_autoencoder(config))
+    task = AutoencoderConfig(model=config)
+    source, module = Reconstruction(task), Reconstruction(task)
     source.autoencoder.save_pretrained(tmp_path)
     start(module, alone, tmp_path)
     assert_weights(module, source)
 
 
 def tiny_autoencoder() -> Any:
-    from trainer.config import AutoencoderModelConfig
-
-    return AutoencoderModelConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    return KLModelConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
 
 
 def test_a_pipeline_folder_is_told_to_be_one(tmp_path: Path, alone: World) -> None:

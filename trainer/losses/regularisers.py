@@ -1,0 +1,46 @@
+"""What makes an autoencoder's latents and decoder fit for stage 2: no outliers, and latents that turn with their image."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.losses.feature_loss import VARIANCE_EPS
+
+
+def outlier_penalty(maps: Sequence[Tensor], threshold: float) -> Tensor:
+    """mean of max(0, |f - mean| / deviation - threshold)^2 over channels and pixels, mean over maps: (B,).
+
+    Mean and deviation are the channel's own in each sample, and carry no gradient: with it, a map could lower the penalty by
+    making its other values vary more.
+    """
+    total = []
+    for map_BCHW in maps:
+        features = map_BCHW.float()
+        with torch.no_grad():
+            mean = features.mean((2, 3), keepdim=True)
+            deviation = (features.var((2, 3), keepdim=True, unbiased=False) + VARIANCE_EPS).sqrt()
+        excess = F.relu(((features - mean) / deviation).abs() - threshold)
+        total.append(excess.square().mean((1, 2, 3)))
+    return torch.stack(total).mean(0)
+
+
+class Transform(NamedTuple):
+    """One of EQ-VAE's, of latents and images alike."""
+
+    scale: float
+    """Of the side; at most 1."""
+    quarter_turns: int
+
+    def side(self, latent_side: int) -> int:
+        """Of the transformed latents."""
+        return max(1, round(latent_side * self.scale))
+
+
+def transformed(x_BCHW: Tensor, transform: Transform, side: int) -> Tensor:
+    """Resized to `side`, bicubic and antialiased, and turned."""
+    if side != x_BCHW.shape[-1]:
+        x_BCHW = F.interpolate(x_BCHW.float(), size=(side, side), mode="bicubic", antialias=True)
+    return torch.rot90(x_BCHW, transform.quarter_turns, (2, 3)) if transform.quarter_turns else x_BCHW

@@ -1,0 +1,68 @@
+"""PatchGAN (Isola et al. 2017; pix2pix's `NLayerDiscriminator`): a logit for each patch of an image."""
+
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.utils.parametrizations import spectral_norm
+
+from trainer.config import DiscriminatorConfig
+
+WIDEST = 8
+"""Times the first layer's width."""
+NEGATIVE_SLOPE = 0.2
+
+
+class Discriminator(nn.Module):
+    """Convolutions of 4x4: `num_layers` that halve the side, one and the logits' own that do not. LeakyReLU between."""
+
+    def __init__(self, config: DiscriminatorConfig, in_channels: int = 3) -> None:
+        super().__init__()
+        widths = [config.width * min(2**i, WIDEST) for i in range(config.num_layers + 1)]
+        layers: list[nn.Module] = [_conv(config, in_channels, widths[0], stride=2), nn.LeakyReLU(NEGATIVE_SLOPE)]
+        for i, (before, width) in enumerate(pairwise(widths), start=1):
+            stride = 2 if i < config.num_layers else 1
+            batch = config.norm == "batch"
+            layers.append(_conv(config, before, width, stride=stride, bias=not batch))  # the norm has one of its own
+            layers += [BatchNorm(width)] if batch else []
+            layers.append(nn.LeakyReLU(NEGATIVE_SLOPE))
+        layers.append(_conv(config, widths[-1], 1, stride=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, 1, h, w): high for what looks real."""
+        logits: Tensor = self.layers(images_BCHW)
+        return logits
+
+
+def _conv(config: DiscriminatorConfig, before: int, width: int, *, stride: int, bias: bool = True) -> nn.Module:
+    conv = nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=bias)
+    nn.init.normal_(conv.weight, 0.0, 0.02)
+    return spectral_norm(conv) if config.norm == "spectral" else conv
+
+
+class BatchNorm(nn.Module):
+    """By the batch's own mean and variance, over all ranks, so that a batch is one however it is laid out over them.
+
+    There are no running statistics: a discriminator is never used outside of training. torch's `SyncBatchNorm` needs a GPU.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels).normal_(1.0, 0.02))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x = x_BCHW.float()
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        # ranks have equally many pixels; the mean first, as a difference of squares would lose digits
+        mean_C = all_reduce(x.mean((0, 2, 3))) / dist.get_world_size()
+        centred = x - mean_C[:, None, None]
+        variance_C = all_reduce(centred.square().mean((0, 2, 3))) / dist.get_world_size()
+        scale_C = self.weight * torch.rsqrt(variance_C + self.eps)
+        return centred * scale_C[:, None, None] + self.bias[:, None, None]
