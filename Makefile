@@ -7,7 +7,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos demo-autoencoder test lint types format lock clean golden test-gpu
+.PHONY: help setup demo photos lpips demo-autoencoder test lint types format lock clean golden test-gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -29,8 +29,12 @@ photos: setup ## the demo's model on a folder of captioned photos: make photos P
 	$(BIN)/loupe data build $(PHOTOS) runs/photos-data --overwrite
 	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --cpu --fresh
 
-demo-autoencoder: setup ## train the demo's autoencoder again and put it in the place of the shipped one
-	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --cpu --fresh
+lpips: setup ## fetch LPIPS's weights (shift-tolerant AlexNet, BSD-2) into models/stlpips
+	$(PY) -m ops.fetch_lpips
+
+demo-autoencoder: setup ## train the shipped autoencoder again and put it in its place (LPIPS=FILE: weights that are there)
+	$(if $(LPIPS),,$(PY) -m ops.fetch_lpips)
+	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --cpu --fresh $(if $(LPIPS),--set task.lpips.url=$(LPIPS))
 	$(BIN)/loupe export runs/demo_autoencoder trainer/assets/demo_autoencoder
 
 test: setup ## all tests (under 15 minutes on two cores)

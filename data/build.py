@@ -86,7 +86,8 @@ def build(
     if not 0 < shard_mib << 20 <= MAX_SHARD_BYTES - _SHARD_OVERHEAD_BYTES:
         raise UserError(f"--shard-mib: {shard_mib} is not between 1 and 4095")
     storage = Storage(out)
-    _check_free(storage, source.folder, overwrite)
+    for images in (source.folder, *source.more_folders):
+        _check_free(storage, images, overwrite)
     with _temporary_folder(storage) as folder:
         rejected: list[Rejected] = []
         samples = _samples(source.ordered(order_seed), resize, shard_mib << 20, rejected, progress)
@@ -191,7 +192,8 @@ def _copy_notices(source: Source, folder: Path) -> str | None:
     """The source's licence files, as they are and as one text."""
     texts = []
     for path in source.notices():
-        shutil.copyfile(path, folder / path.name)
+        name = f"{path.parent.name}-{path.name}" if source.more_folders else path.name
+        shutil.copyfile(path, folder / name)
         texts.append(path.read_text(encoding="utf-8", errors="replace").strip())
     return "\n\n".join(texts) or None
 

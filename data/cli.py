@@ -1,5 +1,7 @@
 """`loupe data`: build a dataset and verify one."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import click
@@ -101,6 +103,62 @@ def build(
     for reason, count in built.info.rejected.items():
         click.echo(f"rejected: {_count(count, 'image')}, {reason}")
     _list([f"{r.file_name}: {r.reason}: {r.detail}" for r in built.rejected], f"{out}/rejected.jsonl")
+
+
+@cli.command()
+@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--heldout", type=click.IntRange(1), default=96, show_default=True, help="Images to hold out, of all folders."
+)
+@click.option("--size", type=click.IntRange(8, 16384), help="Shrink so that the shorter side is this, in pixels.")
+@click.option("--overwrite", is_flag=True, help="Replace the datasets at OUT.")
+def split(sources: tuple[Path, ...], out: Path, heldout: int, size: int | None, overwrite: bool) -> None:
+    """Build datasets in the folder OUT from folders of images: one of each to train on, and one of images held out.
+
+    \b
+    OUT/train/NAME     a dataset for each SOURCE, by its folder's name
+    OUT/heldout        images of all of them, and none that is in the others
+    OUT/split.json     how many; written last
+
+    Held-out images are chosen by a hash of their file names, so the same folders give the same ones. A folder gives as many as
+    the square root of its size says, at most half of it. SOURCE is a folder as `loupe data build` takes it.
+
+    Examples:
+
+    \b
+      loupe data split photos runs/photos --heldout 96
+      loupe data split products satellite runs/both --heldout 500 --size 512
+    """
+    from data.build import build as build_dataset
+    from data.schema import Resize
+    from data.source import open_source
+    from data.split import source_names
+    from data.split import split as split_sources
+
+    console = Console(stderr=True)
+    found = [open_source(source) for source in sources]
+    training, held, twins = split_sources(found, heldout)
+    resize = Resize(short_side=size, quality=90 if size else None)
+    rows: dict[str, dict[str, object]] = {}
+    for name, source in [*zip(source_names(found), training, strict=True), ("", held)]:
+        target = str(out / "train" / name if name else out / "heldout")
+        with _progress(console) as progress:
+            task = progress.add_task(f"building {name or 'heldout'}", total=len(source.entries))
+            built = build_dataset(
+                source, target, name=name or "heldout", resize=resize, overwrite=overwrite,
+                progress=partial(progress.advance, task),
+            )  # fmt: skip
+        click.echo(
+            f"{target}: {_count(built.info.num_samples, 'sample')}, {_count(len(built.rejected), 'image')} rejected"
+        )
+        if name:
+            rows[name] = {"images": built.info.num_samples}
+        else:
+            whole = {"heldout": built.info.num_samples, "train": rows, "twins": twins}
+    if twins:
+        click.echo(f"left out: {_count(twins, 'image')} equal to one held out")
+    (out / "split.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 @cli.command()

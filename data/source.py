@@ -37,6 +37,8 @@ class Source:
     class_names: tuple[str, ...] | None = None
     merged_rows: int = 0
     """Rows that named an image again; their captions went to the first."""
+    more_folders: tuple[Path, ...] = ()
+    """Further ones that entries lie in."""
 
     def ordered(self, seed: int | None) -> Iterator[Entry]:
         if seed is None:
@@ -45,8 +47,9 @@ class Source:
         return (self.entries[i] for i in order)
 
     def notices(self) -> list[Path]:
-        """Licence files at the top of the folder."""
-        return sorted(p for p in self.folder.iterdir() if p.is_file() and p.stem.lower() in _NOTICES)
+        """Licence files at the top of each folder."""
+        folders = (self.folder, *self.more_folders)
+        return [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file() and p.stem.lower() in _NOTICES]
 
 
 def open_source(folder: Path) -> Source:

@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "runs": ("launch.cli:runs", "Look at runs: progress, state, where things are."),
     "data": ("data.cli:cli", "Build and inspect datasets."),
     "analyze": ("trainer.evaluate.analyze:cli", "Look into autoencoders: latents, decoder maps, gate."),
+    "evaluate": ("trainer.evaluate.commands:cli", "Measure what an autoencoder gives back: PSNR, SSIM, LPIPS, ..."),
     "export": ("launch.cli:export", "Write a trained autoencoder, or latent network, as a folder that recipes load."),
     "experiment": ("launch.experiment:experiment", "Small experiments with a report, on a machine without a GPU."),
     "train": ("launch.cli:train", "Run one rank in this process; launchers do this for you."),
@@ -149,18 +150,37 @@ def _existing(run: str):  # type: ignore[no-untyped-def]  # RunFolder would impo
 @click.argument("run")
 @click.argument("out")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the written weights.")
-def export(run: str, out: str, dtype: str) -> None:
+@click.option(
+    "--scale-of",
+    metavar="URL",
+    show_default=False,
+    help="An autoencoder whose scale and shift to write, where OUT shares its latents; else the run's own data give them, or, "
+    "where the decoder alone was trained, the autoencoder that it began with.",
+)
+def export(run: str, out: str, dtype: str, scale_of: str | None) -> None:
     """Write what RUN has trained, averaged, to folder OUT.
 
     Of an autoencoder, with the scale and shift of its latents: OUT can then be a recipe's `task.codec.url`, and diffusers'
-    `AutoencoderKL.from_pretrained` loads it. Of a latent network: OUT can then be a recipe's `task.perceptual.url`.
+    `AutoencoderKL`, `AsymmetricAutoencoderKL` or `VQModel` loads it with `from_pretrained`. That is done here, too: where its
+    outputs are not those of what was trained, nothing is written. `psnr_db` is on images of the run's own data, `difference`
+    the largest between diffusers' outputs and the trained module's; OUT/latents.json has mean and deviation of each channel.
+
+    Of a latent network: OUT can then be a recipe's `task.perceptual.url`.
+
+    \b
+    Examples:
+      loupe export runs/my-autoencoder exports/my-autoencoder
+      loupe export runs/my-autoencoder exports/my-autoencoder-fp32 --dtype float32
+      loupe export runs/light-decoder exports/light-decoder --scale-of models/sd-vae
     """
     import torch
 
-    from trainer.export import export_run
+    from trainer.export import export_run, usage
 
-    measured = export_run(run, out, dtype=getattr(torch, dtype))
+    measured = export_run(run, out, dtype=getattr(torch, dtype), scale_of=scale_of)
     click.echo(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
+    for line in usage(run, out):
+        click.echo(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------- train

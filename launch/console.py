@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from trainer.metric_names import shown_in_lines
 from trainer.run_folder import CHECKPOINTS, SUMMARY, RunFolder
 
 Record = dict[str, Any]
@@ -19,6 +20,8 @@ Record = dict[str, Any]
 
 WHERE = (
     ("samples", "sample images"),
+    ("reconstructions", "reconstructed"),
+    ("evaluation", "evaluations"),
     ("curves.png", "curves"),
     ("init_report.json", "began with"),
     ("metrics", "metrics"),
@@ -92,7 +95,9 @@ class Pace:
 
 def losses(record: Record) -> str:
     return "  ".join(
-        f"{term} {value:.4g}" if value is not None else f"{term} -" for term, value in record["loss"].items()
+        f"{term} {value:.4g}" if value is not None else f"{term} -"
+        for term, value in record["loss"].items()
+        if shown_in_lines(term)
     )
 
 

@@ -42,6 +42,8 @@ class Job:
     work_dir: str
     """Its log is below."""
     after: Sequence[str] = ()
+    cores: int = 1
+    """That its processes use, and threads that they have."""
     state: State = "waiting"
     why: str = ""
     """Of a job that failed or could not run."""
@@ -73,7 +75,11 @@ class _Running:
 
 class Queue:
     def __init__(self, jobs: Sequence[Job], *, workers: int, watcher: Watcher, poll_s: float = POLL_S) -> None:
-        """Jobs start in the order given, each when those it comes after are done."""
+        """Jobs start in the order given, each when those it comes after are done and its cores are free.
+
+        Args:
+            workers: cores in all; a job that wants more gets these.
+        """
         assert len({job.name for job in jobs}) == len(jobs)
         self.jobs, self._workers, self._watcher, self._poll_s = list(jobs), workers, watcher, poll_s
         self._by_name = {job.name: job for job in jobs}
@@ -89,7 +95,7 @@ class Queue:
         with self._signals():
             try:
                 while not self._kill and (self._running or (not self._stop and self._start_next())):
-                    while not self._stop and len(self._running) < self._workers and self._start_next():
+                    while not self._stop and self._start_next():
                         pass
                     self._collect()
                     self._watcher.tick(self)
@@ -128,14 +134,18 @@ class Queue:
             for stage in job.stages:
                 if not stage.done():
                     took, estimated = scales.get(stage.name, (1.0, 1.0))
-                    left += max(stage.estimated_s * took / estimated - passed, 0.0)
+                    left += self._cores(job) * max(stage.estimated_s * took / estimated - passed, 0.0)
                     passed = 0.0
         return left / self._workers
+
+    def _cores(self, job: Job) -> int:
+        return min(job.cores, self._workers)
 
     # ------------------------------------------------------------------------------------------------------- processes
 
     def _start_next(self) -> bool:
-        """Whether one was started."""
+        """Whether one was started. A job that waits for cores lets no later one pass: it would never get them."""
+        free = self._workers - sum(self._cores(running.job) for running in self._running)
         for job in self.jobs:
             if job.state != "waiting":
                 continue
@@ -145,6 +155,8 @@ class Queue:
                 job.state, job.why = "blocked", f"{lost[0].name} is not there: {lost[0].why}"
                 self._watcher.changed(job, job.why)
             elif all(other.state == "done" for other in before):
+                if self._cores(job) > free:
+                    return False
                 self._start(job)
                 return True
         return False
@@ -156,7 +168,7 @@ class Queue:
             return
         place = Place(
             rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=free_port(),
-            code_dir=str(CODE_ROOT), work_dir=job.work_dir, use_gpus=False, num_threads=1, one_machine=True,
+            code_dir=str(CODE_ROOT), work_dir=job.work_dir, use_gpus=False, num_threads=self._cores(job), one_machine=True,
         )  # fmt: skip
         process = start_rank(stage.command, place, attempt=stage.name)
         self._running.append(_Running(job, stage, process, time.monotonic()))

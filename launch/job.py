@@ -18,7 +18,16 @@ import yaml
 
 from launch import snapshot
 from trainer import recipes
-from trainer.config import CODE_ROOT, PerceptualConfig, RunConfig, check_layout, resolve_url
+from trainer.config import (
+    CODE_ROOT,
+    AutoencoderConfig,
+    LPIPSConfig,
+    PerceptualConfig,
+    ReconstructionsConfig,
+    RunConfig,
+    check_layout,
+    resolve_url,
+)
 from trainer.config_text import with_overrides
 from trainer.errors import UserError, one_line
 from trainer.phases import Schedule
@@ -154,6 +163,10 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             yield from _perceptual_inputs(config.task.perceptual)
     if config.task.kind == "latent_network":
         yield "task.codec.url", config.task.codec.url, ("config.json",)
+    if config.task.kind == "autoencoder":
+        yield from _autoencoder_inputs(config.task)
+    if config.reconstructions:
+        yield from _reconstructions_inputs(config.reconstructions)
     if config.init_from:
         yield "init_from.url", config.init_from.url, ()
 
@@ -167,9 +180,31 @@ def _perceptual_inputs(config: PerceptualConfig) -> Iterator[tuple[str, str, tup
         case "latent_lpips":
             yield "task.perceptual.url", config.url, ("config.json", "model.safetensors")
         case "image_space":
-            for field, url in (("url", config.lpips.url), ("heads_url", config.lpips.heads_url)):
-                if url is not None:
-                    yield f"task.perceptual.lpips.{field}", url, ()
+            yield from _lpips_inputs("task.perceptual.lpips", config.lpips)
+
+
+def _autoencoder_inputs(config: AutoencoderConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    if config.lpips:
+        yield from _lpips_inputs("task.lpips", config.lpips)
+    if config.teacher:
+        yield "task.teacher.url", config.teacher.url, ("config.json",)
+    if config.image_space and (config.image_space.decoded_weight or config.image_space.input_weight):
+        yield from _lpips_inputs("task.image_space.lpips", config.image_space.lpips)
+
+
+def _reconstructions_inputs(config: ReconstructionsConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    if config.dataset:
+        yield "reconstructions.dataset.url", config.dataset.url, ("index.json",)
+    if config.features_url is not None:
+        yield "reconstructions.features_url", config.features_url, ()
+    if config.lpips:
+        yield from _lpips_inputs("reconstructions.lpips", config.lpips)
+
+
+def _lpips_inputs(section: str, config: LPIPSConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    for field, url in (("url", config.url), ("heads_url", config.heads_url)):
+        if url is not None:
+            yield f"{section}.{field}", url, ()
 
 
 def check(spec: JobSpec, config: RunConfig) -> None:

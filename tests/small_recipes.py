@@ -13,14 +13,19 @@ from data.reader import open_dataset
 from data.schema import Resize
 from data.source import open_source
 from ops.bench.recipes import cut_model
+from tests.numerics.lpips_reference import random_weights
 from tests.text_models import write_clip, write_t5
 from trainer.config import (
+    AutoencoderConfig,
+    AutoencoderModelConfig,
     CodecConfig,
+    DatasetConfig,
     DenoiserConfig,
     EncoderConfig,
     FrozenTextConfig,
     InitFromConfig,
     LatentDiffusionConfig,
+    LPIPSConfig,
     RunConfig,
     TextConfig,
     replace,
@@ -32,6 +37,8 @@ from trainer.recipes import load
 
 EMOJI = "repo://data/assets/emoji_64"
 NUM_CLASSES = 2
+WIDTHS = (8, 8, 16, 16, 16)
+"""Of autoencoders, as many as they have levels."""
 
 
 def write_assets(root: Path) -> None:
@@ -43,7 +50,7 @@ def write_assets(root: Path) -> None:
         (folder / f"{i}.webp").write_bytes(dataset.read(i).image)
     build(open_source(root / "classes-source"), str(root / "classes"), name="classes", resize=Resize())
     torch.manual_seed(0)
-    widths = (8, 8, 16, 16)
+    widths = WIDTHS[:4]
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     AutoencoderKL(
         down_block_types=down, up_block_types=up, block_out_channels=widths, norm_num_groups=4, latent_channels=16,
@@ -53,6 +60,12 @@ def write_assets(root: Path) -> None:
         down_block_types=down, up_block_types=up, down_block_out_channels=widths, up_block_out_channels=(16, 16, 24, 24),
         norm_num_groups=4,
     ).save_pretrained(root / "asymmetric")  # fmt: skip
+    AutoencoderKL(
+        down_block_types=down, up_block_types=up, block_out_channels=widths, norm_num_groups=4, latent_channels=4,
+    ).save_pretrained(root / "sd-vae")  # fmt: skip
+    for network in ("vgg16", "alex"):
+        (root / "lpips" / network).mkdir(parents=True)
+        torch.save(random_weights(network), root / "lpips" / network / "weights.pth")
     write_clip(root / "clip", width=16)
     write_clip(root / "clip_projected", width=16, projection=16)
     write_t5(root / "t5", width=16)
@@ -62,6 +75,8 @@ def cut(name: str, root: Path) -> RunConfig:
     """The recipe's run, three steps of it: every phase, at an eighth of its resolution."""
     run = load(name)
     task = run.task
+    if isinstance(task, AutoencoderConfig):
+        return _cut_autoencoder(run, task, root)
     assert isinstance(task, LatentDiffusionConfig)
     model, text = cut_model(task.model), _cut_text(task.text, root)
     steps = {1: (3,), 2: (2, 1), 3: (1, 1, 1)}[len(run.phases)]
@@ -84,6 +99,51 @@ def cut(name: str, root: Path) -> RunConfig:
         samples=replace(run.samples, num_steps=2, count=2, prompts=()) if run.samples else None,
         prompt_accuracy=None,
     )
+
+
+def _cut_autoencoder(run: RunConfig, task: AutoencoderConfig, root: Path) -> RunConfig:
+    """The discriminator from the second step, and an evaluation at the end alone: pictures take longer than steps."""
+    steps = {1: (3,), 2: (2, 1)}[len(run.phases)]
+    codebook = {"codebook": replace(task.model.codebook, size=16)} if task.model.kind == "vq" else {}
+    teacher = task.teacher and replace(task.teacher, url=str(root / "sd-vae"))
+    image_space = task.image_space and replace(task.image_space, lpips=_cut_lpips(task.image_space.lpips, root))
+    assert run.reconstructions is not None
+    lpips, heldout = run.reconstructions.lpips, run.reconstructions.dataset
+    return replace(
+        run,
+        task=replace(
+            task, model=replace(cut_autoencoder_model(task.model), **codebook), teacher=teacher, image_space=image_space,
+            lpips=task.lpips and _cut_lpips(task.lpips, root),
+            discriminator=task.discriminator and replace(task.discriminator, start_step=1, width=4),
+        ),
+        data=replace(run.data, datasets={name: {"url": EMOJI} for name in run.data.datasets}, num_workers=0),
+        phases=tuple(
+            replace(phase, steps=n, resolution=_cut_resolution(phase.resolution), batch_size=4)
+            for phase, n in zip(run.phases, steps, strict=True)
+        ),
+        init_from=run.init_from and replace(run.init_from, url=str(root / "sd-vae")),
+        optim=replace(run.optim, warmup_steps=1),
+        metrics=replace(run.metrics, every_steps=1),
+        reconstructions=replace(
+            run.reconstructions, every_steps=10, count=4, lpips=lpips and _cut_lpips(lpips, root),
+            dataset=heldout and DatasetConfig(url=EMOJI, max_samples=8),
+        ),
+    )  # fmt: skip
+
+
+def cut_autoencoder_model(model: AutoencoderModelConfig) -> AutoencoderModelConfig:
+    """As many levels and latent channels; an asymmetric decoder of another width still."""
+    levels = len(model.block_out_channels)
+    decoder: dict[str, Any] = {}
+    if model.kind == "asymmetric_kl":
+        decoder = {"decoder_block_out_channels": (12,) * levels, "decoder_layers_per_block": 1}
+    return replace(model, block_out_channels=WIDTHS[:levels], layers_per_block=1, norm_num_groups=4, **decoder)
+
+
+def _cut_lpips(config: LPIPSConfig, root: Path) -> LPIPSConfig:
+    """Random weights in a folder; of the plain AlexNet for the shift-tolerant one, which blurs besides."""
+    network = config.network.removesuffix("_shift_tolerant")
+    return replace(config, network=network, url=str(root / "lpips" / network), heads_url=None)
 
 
 def _cut_resolution(resolution: int) -> int:

@@ -30,6 +30,21 @@ LOSS = Metric(
     "Mean loss of the last interval, by term; before weighting, unless it says weighted.",
     ("term",),
 )
+DETAILS = frozenset({
+    "reconstruction", "log_variance", "adaptive_weight", "logits_real", "logits_fake", "commitment", "perplexity",
+    "codebook_usage", "codes_restarted", "consistency_lpips",
+})  # fmt: skip
+"""Loss terms that only the metrics tell, and no line about a step."""
+
+
+def shown_in_lines(term: str) -> bool:
+    """Whether a line about a step tells this loss term: not the parts of one that it tells."""
+    return term not in DETAILS and not term.startswith("lpl_")
+
+
+EVALUATION = Metric(
+    "loupe_evaluation", "gauge", "Last evaluation of the averaged weights, by metric: psnr_db, ssim, ...", ("metric",)
+)
 GRADIENT_NORM = Metric("loupe_gradient_norm", "gauge", "Global gradient norm before clipping, last step read.")
 UPDATE_RATIO = Metric(
     "loupe_update_ratio", "gauge", "Norm of one step's update over the norm of the weights, last step read."

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,42 +27,85 @@ def sample_grid(images_BHWC: np.ndarray, prompts: Sequence[str], *, side: int = 
     return png(sheet)
 
 
+def reconstruction_grid(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, gain: int = 4, columns: int = 8, smallest_px: int = 96
+) -> bytes:
+    """Originals and reconstructions (H, W, 3), uint8, of one size: a row of each and below them a row of the difference,
+    `gain` times as large and grey where there is none; then the next `columns`. Small images are shown larger, by whole
+    factors."""
+    side = pairs[0][0].shape[0]
+    factor = max(1, -(-smallest_px // side))
+    shown, margin, label = side * factor, 4, 18
+    columns = min(columns, len(pairs))
+    titles = ("originals", "reconstructions", f"difference x {gain}, grey: none")
+    width, height = columns * (shown + margin) + margin, label + shown + margin
+    sheet = Image.new("RGB", (max(width, 180), -(-len(pairs) // columns) * len(titles) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, (original, reconstruction) in enumerate(pairs):
+        difference = 128 + gain * (reconstruction.astype(np.int32) - original)
+        rows = (original, reconstruction, difference.clip(0, 255).astype(np.uint8))
+        x = margin + i % columns * (shown + margin)
+        for k, (title, pixels) in enumerate(zip(titles, rows, strict=True)):
+            y = (i // columns * len(titles) + k) * height
+            if i % columns == 0:
+                draw.text((margin, y + 2), title, fill=(60, 60, 60), font=font)
+            sheet.paste(Image.fromarray(pixels).resize((shown, shown), Image.Resampling.NEAREST), (x, y + label))
+    return png(sheet)
+
+
 def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """One panel a loss term over steps, phases shaded; and one for images per second."""
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    curves: dict[str, list[tuple[int, float]]]
+    """(step, value), by label."""
+    is_loss: bool = True
+
+    @property
+    def is_logarithmic(self) -> bool:
+        return self.is_loss and all(value > 0 for points in self.curves.values() for _, value in points)
+
+
+TOGETHER = (("generator", "discriminator"), ("logits_real", "logits_fake"), ("codebook", "commitment"))
+"""Terms that share a panel."""
+_TITLES = {"gate": "share of samples inside the gate"}
+_FIGURES = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "frechet": "Frechet distance"}
+"""Of evaluations."""
+
+
+def loss_curves(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    """A panel for each loss term over steps, or for terms that belong together, phases shaded; for a few figures of
+    evaluations; and for images per second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    terms = sorted({term for record in records for term in record["loss"]}, key=_term_order)
-    panels = [*terms, "images_per_s"]
-    columns = min(3, len(panels))
+    panels = _panels(records, evaluations)
+    columns = min(3 if len(panels) <= 9 else 4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     bounds = _phase_bounds(records)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
-        points = [
-            (r["step"], r[panel] if panel == "images_per_s" else r["loss"][panel])
-            for r in records
-            if panel == "images_per_s" or panel in r["loss"]
-        ]
-        axes.plot(*zip(*points, strict=True), linewidth=1.5, marker="." if len(points) < 40 else None)
-        if panel == "gate":
+        for label, points in panel.curves.items():
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker="." if len(points) < 40 else None)
+        if panel.title == _TITLES["gate"]:
             axes.set_ylim(0, 1)
-        elif panel != "images_per_s" and all(value > 0 for _, value in points):
+        elif panel.is_logarithmic:
             axes.set_yscale("log")
         for k, (name, first, last) in enumerate(bounds):
             axes.axvspan(first, last, color="0.5", alpha=0.12 if k % 2 else 0.04, linewidth=0)
             if i == 0:
                 axes.text((first + last) / 2, 1.01, name, ha="center", va="bottom", fontsize=7,
                           transform=axes.get_xaxis_transform())  # fmt: skip
-        axes.set_title(_TITLES.get(panel, panel.replace("_", " ")), pad=14)
+        if len(panel.curves) > 1:
+            axes.legend(fontsize=7)
+        axes.set_title(panel.title, pad=14)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
@@ -69,11 +113,22 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-_TITLES = {"images_per_s": "images per second", "gate": "share of samples inside the gate"}
-
-
-def _term_order(term: str) -> tuple[int, str]:
-    return (0 if term == "loss" else 1, term)
+def _panels(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[_Panel]:
+    found = {term for record in records for term in record["loss"]}
+    curves = {term: [(r["step"], r["loss"][term]) for r in records if term in r["loss"]] for term in found}
+    panels = []
+    for term in sorted(found, key=lambda term: (term != "loss", term)):
+        group = next((group for group in TOGETHER if term in group), (term,))
+        shown = [other for other in group if other in found]
+        if term == shown[0]:
+            title = ", ".join(_TITLES.get(other, other.replace("_", " ")) for other in shown)
+            panels.append(_Panel(title, {other: curves[other] for other in shown}))
+    for name, title in _FIGURES.items():
+        points = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
+        if points:
+            panels.append(_Panel(f"evaluation: {title}", {name: points}, is_loss=False))
+    speed = [(r["step"], r["images_per_s"]) for r in records]
+    return [*panels, _Panel("images per second", {"images_per_s": speed}, is_loss=False)]
 
 
 def _phase_bounds(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:

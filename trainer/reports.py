@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -34,6 +35,17 @@ class Reports:
         self.print(text)
         if self._records:
             self._records.write({"time": time.time(), "note": text})
+
+    def evaluated(self, step: int, values: Mapping[str, float], words: str) -> None:
+        """An evaluation after `step` steps: exported, printed, and recorded apart from the losses; its words are what the
+        launcher shows of it."""
+        for name, value in values.items():
+            self.exporter.of(metric_names.EVALUATION, name).set(value)
+        text = f"evaluation at step {step}:  {words}"
+        self.print(text)
+        if self._records:
+            found = {name: _finite(value) for name, value in values.items()}
+            self._records.write({"time": time.time(), "note": text, "evaluation": {"step": step, **found}})
 
     def flush(self) -> None:
         """What is recorded of a step must be there when the step is durable."""
@@ -102,7 +114,7 @@ class Reports:
                 "loss": losses,
             }
         )
-        text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items() if not name.startswith("lpl_"))
+        text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items() if metric_names.shown_in_lines(name))
         self.print(f"step {progress.step}/{self._total_steps}  {plan.phase.name}  {text}  {speed:.1f} images/s")
 
 

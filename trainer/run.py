@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +20,8 @@ from trainer.config import RunConfig, check_layout, explain_digests, resolve_url
 from trainer.config.task import TaskConfig
 from trainer.errors import ExitCode, UserError
 from trainer.evaluate.prompt_accuracy import encode_dataset, prompt_accuracy
+from trainer.evaluate.reconstruction import flat, in_words
+from trainer.evaluate.reconstruction_run import ReconstructionEvaluation
 from trainer.evaluate.sampling import sample_prompts
 from trainer.metrics import Exporter
 from trainer.parallel.apply import parallelize
@@ -72,6 +74,11 @@ class Run:
         }
         self.task: Task = TASKS[config.task.kind](config, world.device)
         warnings = [*self.task.check(), *self._check_data()]
+        self.evaluation: ReconstructionEvaluation | None = None
+        if config.reconstructions:
+            assert isinstance(self.task, AutoencoderTask)
+            self.evaluation = ReconstructionEvaluation(config, self.task, world, list(self.datasets.values()))
+            warnings += self.evaluation.warnings
         for module, units in [(self.task.module, self.task.sharding_units()), *self.task.frozen_sharded()]:
             parallelize(module, units, world, config.parallel)
         self.exporter = self._serve_metrics()
@@ -95,11 +102,7 @@ class Run:
             self.exporter,
             self.records,
             stop,
-            Actions(
-                self._on_interval if config.samples else None,
-                config.samples.every_steps if config.samples else 0,
-                self._write_init_report,
-            ),
+            Actions(self._at_intervals(), self._write_init_report),
         )
         for warning in warnings:
             self.trainer.reports.note(f"WARNING: {warning}")
@@ -178,14 +181,17 @@ class Run:
             if self.world.is_main:
                 print(f"nothing to do: {self.folder.url}/{SUMMARY} says this run is done", flush=True)
             return ExitCode.DONE
+        found: dict[str, Any] = {}
         try:
             code = self.trainer.fit(self._make_loader)
+            if code is ExitCode.DONE:
+                found = self._at_the_end()
         finally:
             if self.records:
                 self.records.close()
         self._draw_curves()
-        if code is ExitCode.DONE:
-            self._finish()
+        if code is ExitCode.DONE and self.world.is_main:
+            self._finish(found)
         return code
 
     # ----------------------------------------------------------------------------------------------- pictures, the end
@@ -202,13 +208,40 @@ class Run:
             return [str(sample.label) for sample in samples]
         return [sample.captions[0] if sample.captions else "" for sample in samples]
 
-    def _on_interval(self, step: int) -> None:
+    def _at_intervals(self) -> list[tuple[int, Callable[[int], None]]]:
+        config = self.config
+        actions: list[tuple[int, Callable[[int], None]]] = []
+        if config.samples:
+            actions.append((config.samples.every_steps, self._on_samples))
+        if config.reconstructions:
+            actions.append((config.reconstructions.every_steps, self._on_evaluation))
+        return actions
+
+    def _on_samples(self, step: int) -> None:
         self._draw_samples(step)
         self._draw_curves()
 
+    def _on_evaluation(self, step: int) -> None:
+        self._evaluate(step)
+        self._draw_curves()
+
+    def _name(self, step: int) -> str:
+        """Of a file that is written at this step."""
+        return "final" if step == self.trainer.total_steps else f"step-{step:08d}"
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        assert self.evaluation is not None
+        found = self.evaluation.measure()
+        self.trainer.reports.evaluated(step, flat(found.figures), in_words(found.figures))
+        if self.world.is_main:
+            self.folder.write_json(f"evaluation/{self._name(step)}.json", {"step": step, **found.numbers})
+            self.folder.write_bytes(f"reconstructions/{self._name(step)}.png", found.picture)
+        return found.summary()
+
     def _draw_curves(self) -> None:
         if self.world.is_main:
-            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics()))
+            self.trainer.reports.flush()
+            self.folder.write_bytes("curves.png", loss_curves(self.folder.metrics(), self.folder.evaluations()))
 
     def _draw_samples(self, step: int) -> None:
         task, config = self.task, self.config.samples
@@ -219,23 +252,27 @@ class Run:
         latents = sample_prompts(task, self.world, prompts, config, resolution=resolution)
         if self.world.is_main:
             images = task.decode(latents.to(self.world.device)).permute(0, 2, 3, 1).cpu().numpy()
-            name = "final" if step == self.trainer.total_steps else f"step-{step:08d}"
-            self.folder.write_bytes(f"samples/{name}.png", sample_grid(images, prompts))
+            self.folder.write_bytes(f"samples/{self._name(step)}.png", sample_grid(images, prompts))
 
-    def _finish(self) -> None:
-        extra: dict[str, float] = {}
+    def _at_the_end(self) -> dict[str, Any]:
+        """Last pictures and measures, on all ranks; what the summary has of them."""
+        found: dict[str, Any] = {}
         with self.trainer.averaged():
             if self.config.samples:
                 self._draw_samples(self.trainer.total_steps)
             if self.config.prompt_accuracy:
-                extra = self._prompt_accuracy()
-        if self.world.is_main:
-            progress = self.trainer.progress
-            summary = summarise(
-                self.folder, self.config, images=progress.images, train_seconds=progress.train_seconds, extra=extra
-            )
-            self.folder.write_json(SUMMARY, summary)
-            print(f"done: {progress.images} images in {summary['wall_s']:.0f} s", flush=True)
+                found |= self._prompt_accuracy()
+            if self.evaluation:
+                found["evaluation"] = self._evaluate(self.trainer.total_steps)
+        return found
+
+    def _finish(self, found: dict[str, Any]) -> None:
+        progress = self.trainer.progress
+        summary = summarise(
+            self.folder, self.config, images=progress.images, train_seconds=progress.train_seconds, extra=found
+        )
+        self.folder.write_json(SUMMARY, summary)
+        print(f"done: {progress.images} images in {summary['wall_s']:.0f} s", flush=True)
 
     def _prompt_accuracy(self) -> dict[str, float]:
         task, config, samples = self.task, self.config.prompt_accuracy, self.config.samples

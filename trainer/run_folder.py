@@ -8,6 +8,8 @@ metrics/0000.jsonl     one line an interval, one file an attempt
 logs/rank-0.log        output of each process
 checkpoints/           see trainer/checkpoint
 samples/, curves.png   pictures
+evaluation/            an autoencoder's figures, a file an evaluation and final.json
+reconstructions/       what it gave back of some images, at the same steps
 init_report.json       which weights it began with, where it was not fresh ones
 summary.json           how the run ended
 """
@@ -17,7 +19,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
@@ -142,12 +144,20 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record an interval in order of steps; where an attempt repeated steps, its own stand."""
-        by_step: dict[int, dict[str, Any]] = {}
+        return _by_step(record for record in self._records() if "step" in record)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One record an evaluation, as `metrics`: its step and its figures by name."""
+        return _by_step(record["evaluation"] for record in self._records() if "evaluation" in record)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
         for name in self.names("metrics"):
-            for record in _jsonl(self.read_text(f"metrics/{name}")):
-                if "step" in record:
-                    by_step[record["step"]] = record
-        return [by_step[step] for step in sorted(by_step)]
+            yield from _jsonl(self.read_text(f"metrics/{name}"))
+
+
+def _by_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_step = {record["step"]: record for record in records}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _jsonl(text: str) -> Iterator[dict[str, Any]]:

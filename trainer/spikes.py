@@ -43,7 +43,7 @@ class SpikeGuard:
         return self._spikes.sum()
 
     def begin_phase(self) -> None:
-        """Another resolution or loss has another range: judge again once the window is full of the new phase's steps."""
+        """Another resolution or loss has another range: judge again once the window is full of steps since."""
         self._accepted.zero_()
 
     def forget_spikes(self) -> None:

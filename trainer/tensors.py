@@ -12,6 +12,11 @@ def pixels_to_images(pixels_BCHW: Tensor) -> Tensor:
     return pixels_BCHW.float() / 127.5 - 1.0
 
 
+def images_to_pixels(images_BCHW: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 pixels, rounded and clamped: what people see."""
+    return ((images_BCHW.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, sharing memory; a plain tensor is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

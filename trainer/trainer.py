@@ -2,7 +2,7 @@
 A task knows *what* a step is."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,8 +38,8 @@ from trainer.warm_start import warm_start
 class Actions:
     """What to do between steps, when it is due; at the end of the run it is the caller's turn. Called on every rank."""
 
-    on_sample: Callable[[int], None] | None = None
-    sample_every: int = 0
+    at_intervals: Sequence[tuple[int, Callable[[int], None]]] = ()
+    """Every so many steps, on the averaged weights, given the number of steps done."""
     on_warm_start: Callable[[dict[str, Any]], None] | None = None
     """Given the report of what was loaded, once in a run, before its first step."""
 
@@ -153,15 +153,16 @@ class Trainer:
             terms.append(self.task.forward_backward(micro, plan, scale=1.0 / len(batch.captions)))
         terms_B = {name: torch.cat([t[name] for t in terms]) for name in terms[0]}
         norm = optim.clip_gradients(module, config.optim.max_grad_norm)
-        if self.spikes and plan.begins_phase:
+        if self.spikes and (plan.begins_phase or self.task.begins_another_loss(plan)):
             self.spikes.begin_phase()
         skip, spike, loss = self._judge(terms_B["loss"], norm, self.task.own_gradient_norm(plan))
         self.ema.wait_for_copy()
         with self.update_ratio.measured(self._report_is_due(plan)):
             optim.step(self.optimizer, plan.learning_rate, skip)
+        # before the average, which is of the weights as the step leaves them: a task may move some of them itself
+        self.task.end_step(plan, 1.0 - skip)
         warm = plan.step >= config.ema.start_step
         self.ema.update(plan.phase.ema_decay if warm else 0.0, skip)
-        self.task.end_step(plan, 1.0 - skip)
         self.reports.add(terms_B, skip)
         recent = self.spikes.record(plan.step, loss, norm, spike, skip) if self.spikes else spike
         self._resolve_pending()
@@ -264,16 +265,19 @@ class Trainer:
         self.reports.count(progress.step, phase.batch_size, waited, computed)
 
     def _run_due_actions(self, plan: StepPlan) -> None:
-        """Metrics, checkpoint, samples: in this order, so that a line about a step is there before the step is durable."""
+        """Metrics, checkpoint, samples or evaluation: in this order, so that a line about a step is there before the step is
+        durable."""
         done, config = self.progress.step, self.config
         last = done == self.total_steps
         if self._report_is_due(plan):
             self._report(plan)
         if self._save_is_due(plan):
             self._save(wait=last or not config.checkpoint.asynchronous)
-        if self.actions.on_sample and done % self.actions.sample_every == 0 and not last:
+        due = [action for every, action in self.actions.at_intervals if done % every == 0 and not last]
+        if due:
             with self.averaged():
-                self.actions.on_sample(done)
+                for action in due:
+                    action(done)
 
     def _report_is_due(self, plan: StepPlan) -> bool:
         return plan.ends_phase or (plan.step + 1) % self.config.metrics.every_steps == 0
@@ -387,6 +391,7 @@ class Trainer:
 
     def _warm_start(self, config: InitFromConfig) -> None:
         report = warm_start(self.task.module, self.ema, config, self.world)
+        self.task.check_warm_start(report.loaded)
         self.progress.init_from = report.source
         for line in report.lines():
             self.reports.note(line)

@@ -22,6 +22,8 @@ from trainer.checkpoint.retention import unique_hold
 from trainer.config import InitFromConfig, MMDiTConfig, resolve_url
 from trainer.ema import EMA
 from trainer.errors import UserError
+from trainer.models.codec_files import CLASSES as AUTOENCODERS
+from trainer.models.codec_files import current_name
 from trainer.models.mmdit import MMDiT
 from trainer.models.sd3_weights import sd3_state_to_mmdit
 from trainer.parallel.world import World
@@ -121,7 +123,7 @@ def match(url: str, stored: Shapes, wanted: Shapes, config: InitFromConfig) -> R
 
 def _clash(report: Report, asked: int) -> str:
     mend = (
-        "set init_from.strict=false to keep fresh values there, or take fewer with init_from.include"
+        "set init_from.strict=false to keep fresh values there, take fewer with init_from.include, or mend task.model"
         if report.loaded
         else "give weights of this model's layout, or this run their task.model"
     )
@@ -216,6 +218,8 @@ def _in_our_names(source: SafetensorsSource, module: nn.Module, targets: Mapping
         return {f"denoiser.{name}": tensor for name, tensor in sd3_state_to_mmdit(state, denoiser.config).items()}
     if source.class_name == DIT:
         state = dict(_without_copies(state))
+    if source.class_name in AUTOENCODERS:
+        state = {current_name(name): tensor for name, tensor in state.items()}
     prefix = max(PREFIXES, key=lambda prefix: sum(prefix + name in targets for name in state))
     return {prefix + name: tensor for name, tensor in state.items()}
 

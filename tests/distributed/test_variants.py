@@ -94,6 +94,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
                 "phases.settle.steps=1",
                 "phases.train.batch_size=4",
                 "phases.settle.batch_size=4",
+                "task.lpips=null",
+                "reconstructions=null",
             ],
         )
         tinies = [(tiny(*values), str(folder / name), "") for name, values in overrides.items()]

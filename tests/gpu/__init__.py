@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed.harness import run_ranks
 from trainer import rng
-from trainer.tasks import latent_diffusion
+from trainer.tasks import autoencoder, latent_diffusion
 
 BOTH = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
 CPU = torch.device("cpu")
@@ -29,7 +29,8 @@ def precision(name: Precision) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(latent_diffusion, "autocast", lambda device: autocast(device, name))
+            for task in (latent_diffusion, autoencoder):
+                patch.setattr(task, "autocast", lambda device: autocast(device, name))
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
@@ -48,7 +49,8 @@ def noise_of_the_host() -> Iterator[None]:
         return rng.normal(*arguments, device=CPU).to(device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latent_diffusion, "normal", normal)
+        for task in (latent_diffusion, autoencoder):
+            patch.setattr(task, "normal", normal)
         yield
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.test_training import _poison
 from tests.gpu import autocast
+from tests.stage1 import RUNNING_MEANS, stage1
 from tests.tiny import tiny
 from trainer import train_state
 from trainer.checkpoint.host_copy import HostCopy
@@ -23,7 +24,7 @@ from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run import Run
 from trainer.run_folder import RunFolder
-from trainer.tasks import latent_diffusion
+from trainer.tasks import autoencoder, latent_diffusion
 from trainer.tensors import full, local
 
 State = dict[str, Tensor]
@@ -104,12 +105,12 @@ def several(world: World, root: Path) -> Seen:
 @contextmanager
 def bf16() -> Any:
     """As on a GPU, on whatever device."""
-    before = latent_diffusion.autocast
-    latent_diffusion.autocast = autocast
+    before = latent_diffusion.autocast, autoencoder.autocast
+    latent_diffusion.autocast = autoencoder.autocast = autocast
     try:
         yield
     finally:
-        latent_diffusion.autocast = before
+        latent_diffusion.autocast, autoencoder.autocast = before
 
 
 def beside(run: Run, *, offload: bool) -> EMA:
@@ -204,26 +205,43 @@ def no_waiting() -> Any:
 
 def without_waiting(world: World, root: Path) -> Seen:
     """A run whose steps may not wait, but for the first of each phase and those that report."""
-    seen, reads = Seen(device=world.device.type), HostReads()
-    on_gpu = world.device.type == "cuda"
-    watched: list[int] = []
+    steps = [f"phases.{name}.steps=4" for name in ("low_resolution", "full_resolution", "perceptual")]
+    seen = Seen(device=world.device.type)
     with bf16():
-        steps = [f"phases.{name}.steps=4" for name in ("low_resolution", "full_resolution", "perceptual")]
         run = make(world, root / "watched", "metrics.every_steps=1000", "ema.offload=true", *steps)
-
-        def step(original: Callable[..., None], batch: Any, plan: Any) -> None:
-            steady = not (plan.begins_phase or plan.ends_phase)
-            watch: AbstractContextManager[Any] = nullcontext()
-            if steady:
-                watched.append(plan.step)
-                watch = no_waiting() if on_gpu else reads
-            with watch:
-                original(batch, plan)
-
-        around(run.trainer, "_train_step", step)
-        seen.codes["watched"] = finish(run)
-    seen.facts = {"watched": watched, "reads": reads.found}
+        watch_waits(run, seen, "watched")
     return seen
+
+
+def autoencoders_without_waiting(world: World, root: Path, lpips: str) -> Seen:
+    """Stage 1 with all that a step of it may have: of a KL model, and of codes that are means and begin again."""
+    few = ("metrics.every_steps=1000", "ema.offload=true", "task.discriminator.norm=spectral")
+    regular = ("task.outliers={}", "task.equivariance={scales: [0.5]}", "task.learned_log_variance=true")
+    seen = Seen(device=world.device.type)
+    for name, overrides in (("kl", (lpips, *regular)), ("vq", (RUNNING_MEANS, "task.discriminator.norm=batch"))):
+        with bf16():
+            run = Run(stage1(*few, *overrides), RunFolder(str(root / name)), world, StopRequest())
+            watch_waits(run, seen, name)
+    return seen
+
+
+def watch_waits(run: Run, seen: Seen, name: str) -> None:
+    """Train it. In `seen.facts`: the steps that were watched, and on a CPU the reads that would have waited."""
+    reads, on_gpu = HostReads(), seen.device == "cuda"
+    watched: list[int] = []
+
+    def step(original: Callable[..., None], batch: Any, plan: Any) -> None:
+        steady = not (plan.begins_phase or plan.ends_phase)
+        watch: AbstractContextManager[Any] = nullcontext()
+        if steady:
+            watched.append(plan.step)
+            watch = no_waiting() if on_gpu else reads
+        with watch:
+            original(batch, plan)
+
+    around(run.trainer, "_train_step", step)
+    seen.codes[name] = finish(run)
+    seen.facts |= {name: watched, "reads": [*seen.facts.get("reads", []), *reads.found]}
 
 
 def compiled(world: World, root: Path) -> Seen:

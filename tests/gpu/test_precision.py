@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.gpu import BOTH, CPU, Precision, autocast
-from tests.gpu.parity import Step, steps
+from tests.gpu.parity import Step, autoencoder_step, steps
 from tests.numerics.lpl_cases import make_codec, make_latents
 from tests.numerics.lpl_reference import reference_loss
 from tests.perceptual import make_context
 from tests.small_recipes import cut, write_assets
+from tests.stage1 import stage1, write_lpips
 from tests.text_models import CAPTIONS, write_sd3
 from trainer.config import LPLConfig
 from trainer.losses.lpl import LatentPerceptualLoss
@@ -52,6 +53,23 @@ def test_a_step_in_bf16(device: str) -> None:
 def test_a_step_in_float32(name: Precision) -> None:
     loss, gradient = OTHERS[name]
     check(steps(torch.device("cuda"), name), loss, gradient)
+
+
+@pytest.mark.parametrize("device", BOTH)
+@pytest.mark.parametrize("norm", ["batch", "spectral"])
+def test_a_step_of_an_autoencoder_in_bf16(norm: str, device: str, tmp_path: Path) -> None:
+    """Both players. The sign of a difference, which L1's gradient is, flips where bf16 moves an image past another. On
+    a CPU: at most 0.3 % of a loss term, 8 % of the gradient."""
+    config = stage1(
+        write_lpips(tmp_path), "task.discriminator.start_step=0", f"task.discriminator.norm={norm}",
+        "task.learned_log_variance=true",
+    )  # fmt: skip
+    whole, game = autoencoder_step(torch.device(device), "bf16", config)
+    assert {"generator", "adaptive_weight", "lpips", "kl"} <= whole.reference.keys()
+    for step in (whole, game):
+        for term, value in step.reference.items():
+            assert step.terms[term] == pytest.approx(value, rel=CUT_LOSS, abs=CUT_LOSS), term
+        assert 1e-3 < step.error < CUT_GRADIENT
 
 
 # ------------------------------------------------------------------------------------------------------ every denoiser

@@ -7,7 +7,16 @@ import torch
 
 from tests.distributed.test_training import losses
 from tests.gpu import BOTH, on_rank
-from tests.gpu.runs import NUM_STEPS, Seen, State, compiled, several, without_waiting
+from tests.gpu.runs import (
+    NUM_STEPS,
+    Seen,
+    State,
+    autoencoders_without_waiting,
+    compiled,
+    several,
+    without_waiting,
+)
+from tests.stage1 import write_lpips
 from trainer.errors import ExitCode
 from trainer.run_folder import RunFolder
 
@@ -91,6 +100,15 @@ def test_no_step_waits_for_the_device(device: str, tmp_path: Path) -> None:
     runs = on_rank(device, without_waiting, tmp_path)
     assert runs.codes == {"watched": ExitCode.DONE}
     assert len(runs.facts["watched"]) == 6
+    assert runs.facts["reads"] == []
+
+
+@pytest.mark.parametrize("device", BOTH)
+def test_no_step_of_an_autoencoder_waits_for_the_device(device: str, tmp_path: Path) -> None:
+    """Its discriminator begins, its codes are restarted, its average is in host memory."""
+    runs = on_rank(device, autoencoders_without_waiting, tmp_path, write_lpips(tmp_path))
+    assert runs.codes == {"kl": ExitCode.DONE, "vq": ExitCode.DONE}
+    assert runs.facts["kl"] == runs.facts["vq"] == list(range(1, 7))
     assert runs.facts["reads"] == []
 
 

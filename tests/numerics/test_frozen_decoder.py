@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
 from ops.bench.codecs import BLOCKS, asymmetric, kl
@@ -40,6 +41,7 @@ VAES: dict[str, Callable[[], Any]] = {
         **{**NARROW, "block_out_channels": (8,), **{k: v[:1] for k, v in BLOCKS.items()}},
     ),
     "asymmetric": lambda: asymmetric((8, 12, 16, 20), 2, down_block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
+    "vq": lambda: VQModel(**NARROW, **BLOCKS, latent_channels=4, num_vq_embeddings=16),
     "tiny": lambda: AutoencoderTiny(latent_channels=4, decoder_block_out_channels=(12,) * 4,
                                     encoder_block_out_channels=(12,) * 4),
     "tiny_bilinear": lambda: AutoencoderTiny(latent_channels=4, upsample_fn="bilinear",

@@ -10,6 +10,7 @@ from trainer.config.perceptual import ImageSpaceTermsConfig, LPIPSConfig
 from trainer.config.section import NonNegativeFloat, NonNegativeInt, Section
 
 MAX_LEVELS = 8
+KL_WEIGHT = 1e-6
 Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(min_length=1, max_length=MAX_LEVELS)]
 
 # ----------------------------------------------------------------------------------------------------------- the network
@@ -29,6 +30,11 @@ class LevelsConfig(Section):
     def downsampling(self) -> int:
         """Side of an image over side of its latents."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    @property
+    def decoder_maps(self) -> tuple[str, ...]:
+        """Names of the decoder's feature maps, in order."""
+        return ("mid", *(f"up{i}" for i in range(len(self.block_out_channels))))
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "LevelsConfig":
@@ -185,7 +191,7 @@ class AutoencoderConfig(Section):
     lpips: LPIPSConfig | None = LPIPSConfig()
     """Absent: no perceptual term."""
     lpips_weight: NonNegativeFloat = 1.0
-    kl_weight: NonNegativeFloat = 1e-6
+    kl_weight: NonNegativeFloat = KL_WEIGHT
     """Of the posterior's KL divergence, summed over latents; the reconstruction is a mean over pixels and channels, so the
     divergence is divided by their number: as latent-diffusion weighs the two sums."""
     learned_log_variance: bool = False
@@ -213,6 +219,14 @@ class AutoencoderConfig(Section):
             )
         if self.consistency and self.trained == "encoder":
             raise ValueError("consistency: is about a trained decoder, and trained is encoder; take image_space for it")
+        for name in (self.outliers and self.outliers.maps) or ():
+            if name not in self.model.decoder_maps:
+                raise ValueError(
+                    f"outliers.maps: no decoder map {name!r}; there are {', '.join(self.model.decoder_maps)}"
+                )
+        if self.model.kind == "vq" and self.kl_weight not in (0.0, KL_WEIGHT):
+            raise ValueError("kl_weight: is of a posterior, and model.kind is vq, which has none; leave it out, "
+                             "model.codebook.commitment_weight is what keeps its latents near")  # fmt: skip
         if self.consistency and self.consistency.lpips_weight and not self.lpips:
             raise ValueError("consistency.lpips_weight: needs the network of task.lpips; set it, or the weight to 0")
         if self.reconstructs == "latents":
@@ -233,7 +247,8 @@ class AutoencoderConfig(Section):
             raise ValueError("teacher: a second stage reconstructs the latents of a first; set task.teacher")
         if self.model.kind != "kl" or self.trained != "all":
             raise ValueError("reconstructs: latents goes with model.kind kl and trained all")
-        for field in ("lpips", "discriminator", "outliers", "equivariance", "consistency"):
+        for field in ("lpips", "discriminator", "outliers", "equivariance", "consistency", "learned_log_variance"):
             if getattr(self, field):
-                raise ValueError(f"{field}: is about images, and reconstructs is latents; set it to null, and image_space "
+                off = "false" if field == "learned_log_variance" else "null"
+                raise ValueError(f"{field}: is about images, and reconstructs is latents; set it to {off}, and image_space "
                                  "for what the teacher's decoder makes of the latents")  # fmt: skip

@@ -6,8 +6,8 @@ from trainer.config.section import Section
 
 
 class CodecConfig(Section):
-    """A frozen autoencoder of diffusers: `AutoencoderKL`, `AsymmetricAutoencoderKL` or `AutoencoderTiny`. Scale and shift
-    are its own config's. Channels and downsampling are declared, so that a run can be checked without its weights."""
+    """A frozen autoencoder of diffusers: `AutoencoderKL`, `AsymmetricAutoencoderKL`, `AutoencoderTiny` or `VQModel`. Scale
+    and shift are its own config's. Channels and downsampling are declared, so that a run can be checked without its weights."""
 
     url: str
     """Folder with `config.json` and safetensors weights; `repo://PATH` lies within the code itself."""

@@ -148,6 +148,12 @@ def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...])
                 f"phases.{i}.resolution: {phase.resolution} px leave nothing of an image behind the discriminator, which needs "
                 f"{task.discriminator.smallest_px}; set task.discriminator.num_layers below {task.discriminator.num_layers}"
             )
+        smallest = min(task.equivariance.scales) if task.equivariance else 1.0
+        if side * smallest < 1:
+            raise ValueError(
+                f"task.equivariance.scales: {smallest:g} of the {side} latent pixels a side of phase {phase.name} is less than "
+                f"one; take {1 / side:g} or more"
+            )
 
 
 # -------------------------------------------------------------------------------------------------- a config as a whole

@@ -1,10 +1,6 @@
 """`loupe analyze`: what a codec's latents and decoder are like."""
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-_SKIPPED_SHOWN = 10
 
 
 @click.group("analyze")
@@ -81,7 +77,8 @@ def latents(
       loupe analyze latents models/sdxl-vae photos --out runs/gate --only gate --only outliers --count 4
     """
     from trainer.evaluate.chosen_images import Images
-    from trainer.evaluate.latent_report import NUMBERS, PARTS, Settings, analyze, choose_device, claim, write
+    from trainer.evaluate.codec_report import choose_device, progress_bar
+    from trainer.evaluate.latent_report import NUMBERS, PARTS, Settings, analyze, claim, write
     from trainer.models.autoencoders import Codec
 
     settings = Settings(
@@ -95,17 +92,7 @@ def latents(
     settings.check(loaded)
     folder = claim(out, overwrite=overwrite)
 
-    console = Console(stderr=True)
-    tasks: dict[str, TaskID] = {}
-    # disabled where nobody watches: rich would leave an empty line there
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  console=console, transient=True, disable=not console.is_terminal) as bar:  # fmt: skip
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
+    with progress_bar() as progress:
         found = analyze(loaded, source, settings, codec_url=codec, device=place, progress=progress)
     write(folder, found)
     for line in summary(found.numbers):
@@ -115,15 +102,11 @@ def latents(
 
 def summary(numbers: dict) -> list[str]:  # type: ignore[type-arg]
     """What was found, a line a measure."""
+    from trainer.evaluate.codec_report import images_line
+
     lines = []
     if "images" in numbers:
-        images = numbers["images"]
-        used, wanted = len(images["used"]), numbers["settings"]["count"]
-        lines.append(
-            f"images:        {used}{f' (of {wanted} asked for)' if used < wanted else ''}, "
-            f"{len(images['skipped'])} skipped, {len(images['enlarged'])} enlarged"
-        )
-        lines += [f"  {s['name']}: {s['reason']}: {s['detail']}" for s in images["skipped"][:_SKIPPED_SHOWN]]
+        lines += images_line(numbers["images"], numbers["settings"]["count"])
     if "outliers" in numbers:
         worst = max(numbers["outliers"]["maps"], key=lambda m: m["largest_peak_sd"] or 0.0)
         shares = ", ".join(f"{m['name']} {100 * m['masked_share']:.2g} %" for m in numbers["outliers"]["maps"])

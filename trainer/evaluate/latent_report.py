@@ -1,13 +1,8 @@
 """`loupe analyze latents`: take the measures batch by batch, draw them, write numbers and pictures."""
 
-import hashlib
-import json
 import math
-import platform
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +10,20 @@ import torch
 from torch import Tensor
 
 from trainer import rng
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError
+from trainer.evaluate import codec_report
 from trainer.evaluate import latent_pictures as draw
 from trainer.evaluate.chosen_images import Chosen, Images
+from trainer.evaluate.codec_report import Progress
 from trainer.evaluate.latents import Interpolation, Outliers, Sensitivity, sensitivity
 from trainer.evaluate.lpl_constants import Amplitude, gate_shares
 from trainer.models.autoencoders import Codec
-from trainer.whole_files import write_whole
 
 PARTS = ("outliers", "sensitivity", "interpolation", "amplitude", "gate")
 NUMBERS = "analysis.json"
+FILES = (NUMBERS, *(f"{part}.png" for part in PARTS))
 MIN_LATENT_SIDE = 4
 """Smaller maps have no percentiles to speak of."""
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, done, in all)"""
 
 
 @dataclass(frozen=True)
@@ -64,10 +58,7 @@ class Settings:
         UserError: the images do not go with the codec, or a number is out of its range.
         """
         f = codec.downsampling
-        if self.size % f:
-            below = self.size // f * f
-            raise UserError(f"--size: {self.size} is not a multiple of the autoencoder's downsampling, {f}; take "
-                            f"{max(below, f * MIN_LATENT_SIDE)} or {max(below + f, f * MIN_LATENT_SIDE)}")  # fmt: skip
+        codec_report.check_size(self.size, f, smallest_px=f * MIN_LATENT_SIDE)
         side = self.size // f
         if side < MIN_LATENT_SIDE:
             raise UserError(f"--size: {self.size} px are {side} latent pixels a side; take {f * MIN_LATENT_SIDE} px or "
@@ -88,23 +79,6 @@ class Analysis:
     numbers: dict[str, Any]
     pictures: dict[str, bytes] = field(default_factory=dict)
     """File name to PNG."""
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises:
-    UserError: no such device, or not on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: {name!r} is no device; take auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: {name!r}; take auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device: {name} is not there; this machine shows {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -129,7 +103,7 @@ def analyze(
     """
     settings.check(codec)
     codec = codec.to(device)
-    found = Analysis({"codec": _codec_numbers(codec, codec_url)})
+    found = Analysis({"codec": codec_report.codec_numbers(codec, codec_url)})
     if set(settings.parts) - {"gate"}:
         _measure_images(codec, images, settings, found, device, progress)
     if "gate" in settings.parts:
@@ -139,16 +113,10 @@ def analyze(
     found.numbers |= {
         "settings": settings.numbers(),
         "pictures": sorted(found.pictures),
-        "versions": {
-            "loupe": version("loupe"),
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **codec_report.provenance(device),
         "meaning": MEANING,
     }
-    found.numbers = _plain(found.numbers)
+    found.numbers = codec_report.plain(found.numbers)
     return found
 
 
@@ -263,37 +231,6 @@ def _noise(seed: int, positions: Sequence[int], purpose: rng.Purpose, shape: Seq
     return normal.to(std_C.device) * std_C[:, None, None]
 
 
-def _codec_numbers(codec: Codec, url: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, weight in sorted(codec.vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return {
-        "url": url,
-        "class": type(codec.vae).__name__,
-        "weights_sha256": digest.hexdigest(),
-        "parameters": sum(p.numel() for p in codec.vae.parameters()),
-        "latent_channels": codec.latent_channels,
-        "downsampling": codec.downsampling,
-        "scaling_factor": codec.scaling_factor,
-        "shift_factor": codec.shift_factor,
-        "maps": dict(zip(codec.map_names, codec.map_scales(), strict=True)),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Fit for JSON: six digits, and null for what is not finite."""
-    match value:
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case bool() | int() | str() | None:
-            return value
-    number = float(value)
-    return float(f"{number:.6g}") if math.isfinite(number) else None
-
-
 MEANING = {
     "images": "square centre crops of `size` px, in [-1, 1]; `image: 3` elsewhere is used[3]; enlarged: smaller than size",
     "latents": "scaled latents, over all images and pixels",
@@ -321,40 +258,10 @@ MEANING = {
 
 
 def claim(out: str, *, overwrite: bool) -> Path:
-    """The folder to write to, made if need be: known to be good before long work.
-
-    Raises:
-        UserError: it holds an analysis and may not be overwritten, or it cannot be written to.
-    """
-    if "://" in out:
-        raise UserError(f"--out: {out} is no local folder; write to one and copy it")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".loupe-{secrets.token_hex(4)}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"--out: {out} cannot be written to ({one_line(e)}); give another folder") from None
-    present = [name for name in (NUMBERS, *(f"{part}.png" for part in PARTS)) if (folder / name).exists()]
-    if present and not overwrite:
-        raise UserError(f"--out: {out} has {present[0]} already; give another folder, or --overwrite")
-    return folder
+    """`codec_report.claim` of an analysis."""
+    return codec_report.claim(out, FILES, overwrite=overwrite)
 
 
 def write(folder: Path, found: Analysis) -> None:
-    """Each file appears whole, by rename; the numbers, which name the pictures, first go and come last.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    text = json.dumps(found.numbers, indent=1, allow_nan=False) + "\n"
-    try:
-        (folder / NUMBERS).unlink(missing_ok=True)
-        for part in PARTS:
-            if f"{part}.png" not in found.pictures:
-                (folder / f"{part}.png").unlink(missing_ok=True)
-        for name, data in (*found.pictures.items(), (NUMBERS, text.encode())):
-            write_whole(folder / name, data)
-    except OSError as e:
-        raise UserError(f"--out: {folder} cannot be written to ({one_line(e)}); make room, or give another") from None
+    """`codec_report.write` of an analysis."""
+    codec_report.write(folder, NUMBERS, found.numbers, found.pictures, FILES)

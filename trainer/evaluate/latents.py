@@ -75,6 +75,17 @@ class MapOutliers:
         }
 
 
+def is_constant(features_BCHW: Tensor) -> Tensor:
+    """(B, C): channels that have one value everywhere."""
+    return features_BCHW.amax((2, 3)) == features_BCHW.amin((2, 3))
+
+
+def masked_share(features_BCHW: Tensor, inlier_BCHW: Tensor) -> Tensor:
+    """Share (B, C) of each channel's pixels outside the mask; a channel of one value everywhere masks nothing."""
+    count_BC = inlier_BCHW.sum((2, 3))
+    return torch.where(is_constant(features_BCHW), 0.0, 1.0 - count_BC / inlier_BCHW[0, 0].numel())
+
+
 class Outliers:
     """Algorithm 1 on one of the decoder's maps: what it masks, and how far the values go."""
 
@@ -91,9 +102,8 @@ class Outliers:
         """Values are measured from the inliers' mean, in the inliers' standard deviations, as the loss scales them."""
         inlier_BCHW = inlier_mask(features_BCHW)
         pixels = features_BCHW.shape[-2] * features_BCHW.shape[-1]
-        constant_BC = features_BCHW.amax((2, 3)) == features_BCHW.amin((2, 3))
         count_BC = inlier_BCHW.sum((2, 3))
-        masked_BC = torch.where(constant_BC, 0.0, 1.0 - count_BC / pixels)
+        masked_BC, constant_BC = masked_share(features_BCHW, inlier_BCHW), is_constant(features_BCHW)
 
         # Where nothing is left, all pixels say how wide the channel is.
         weight_BCHW = torch.where((count_BC == 0)[..., None, None], torch.ones_like(inlier_BCHW), inlier_BCHW)

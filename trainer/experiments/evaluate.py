@@ -31,16 +31,16 @@ from trainer.diffusion.paradigms import FlowOT, Paradigm
 from trainer.diffusion.samplers import build_sampler, guided
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
-from trainer.experiments import metrics
-from trainer.experiments.efficientnet import features_of, load_efficientnet_lite0
+from trainer.evaluate import metrics
 from trainer.models.autoencoders import Codec, load_codec
 from trainer.models.condition import Condition
+from trainer.models.efficientnet import features_of, load_efficientnet_lite0
 from trainer.models.lpips import LPIPS
 from trainer.models.lpips_weights import build_lpips
 from trainer.parallel.world import init_world
 from trainer.rng import normal
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
-from trainer.tensors import pixels_to_images
+from trainer.tensors import images_to_pixels, pixels_to_images
 from trainer.warm_start import warm_start
 from trainer.whole_files import write_whole
 
@@ -113,8 +113,7 @@ def to_images(pixels_NHWC: Pixels) -> Tensor:
 
 
 def to_pixels(images_NCHW: Tensor) -> Pixels:
-    pixels = ((images_NCHW.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
+    return np.ascontiguousarray(images_to_pixels(images_NCHW).permute(0, 2, 3, 1).numpy())
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer.experiments.evaluate import read_arrays
@@ -27,14 +28,14 @@ def _columns(results: Results) -> list[tuple[str, str, str]]:
     return [(variant, name, colour) for (variant, name), colour in zip(names, COLOURS, strict=False)]
 
 
-def _figure(columns: int, rows: int, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int, rows: int, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, [a for row in axes for a in row]
 
 
-def _png(figure: Figure) -> bytes:
+def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
@@ -43,7 +44,7 @@ def _png(figure: Figure) -> bytes:
 def main_metrics(results: Results, names: Sequence[str]) -> bytes:
     """A row a paradigm, a panel a metric: the pre-trained checkpoint, and each seed without and with LPL, joined."""
     paradigms, columns = results.paradigms(), _columns(results)
-    figure, panels = _figure(len(names), len(paradigms), width=2.4, height=2.6)
+    figure, panels = new_figure(len(names), len(paradigms), width=2.4, height=2.6)
     for axes, (paradigm, name) in zip(panels, product(paradigms, names), strict=True):
         metric = BY_NAME[name]
         found = [results.of(paradigm, variant) for variant, _, _ in columns]
@@ -61,13 +62,13 @@ def main_metrics(results: Results, names: Sequence[str]) -> bytes:
         if name == names[0]:
             axes.set_ylabel(paradigm)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(columns), fontsize=9)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def differences(results: Results, paradigm: str, names: Sequence[str]) -> bytes:
     """A panel a metric, a row a variant: its differences to the baseline, one point a seed, and their mean."""
     variants = [v for v in results.variants if v != BASELINE and results.of(paradigm, v)]
-    figure, panels = _figure(len(names), 1, width=3.2, height=0.9 + 0.35 * len(variants))
+    figure, panels = new_figure(len(names), 1, width=3.2, height=0.9 + 0.35 * len(variants))
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         metric: Metric = BY_NAME[name]
         for row, variant in enumerate(variants):
@@ -83,13 +84,13 @@ def differences(results: Results, paradigm: str, names: Sequence[str]) -> bytes:
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.set_title(metric.label, fontsize=10)
         axes.grid(alpha=0.3, axis="x")
-    return _png(figure)
+    return figure_png(figure)
 
 
 def spectra(results: Results) -> bytes:
     """A panel a paradigm: log10 power over that of the real images, by frequency; bands are the range over seeds."""
     paradigms = results.paradigms()
-    figure, panels = _figure(len(paradigms), 1)
+    figure, panels = new_figure(len(paradigms), 1)
     real = np.array(results.reference["log_power"])
     frequency = np.arange(1, len(real) + 1)
     for axes, paradigm in zip(panels, paradigms, strict=True):
@@ -108,7 +109,7 @@ def spectra(results: Results) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("log10 power - real")
     panels[0].legend(fontsize=7)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def estimates(results: Results) -> bytes:
@@ -116,7 +117,7 @@ def estimates(results: Results) -> bytes:
     variant."""
     variants = results.main_variants()
     titles = {"estimate_lpips": "LPIPS of the decoded estimate", "estimate_latent": "squared error of its latents"}
-    figure, panels = _figure(len(titles), len(variants))
+    figure, panels = new_figure(len(titles), len(variants))
     levels = [float(level) for level in LEVELS]
     for axes, (variant, (name, title)) in zip(panels, product(variants, titles.items()), strict=True):
         for i, paradigm in enumerate(results.paradigms()):
@@ -134,7 +135,7 @@ def estimates(results: Results) -> bytes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def sample_rows(results: Results, paradigm: str, *, count: int = 12, side: int = 80) -> bytes | None:
@@ -150,13 +151,18 @@ def sample_rows(results: Results, paradigm: str, *, count: int = 12, side: int =
         rows.append((label, read_arrays(results.folder / "evaluations" / f"{name}.npz")["pixels"]))
     count = min(count, len(real["pixels"]))
     chosen = [i * len(real["pixels"]) // count for i in range(count)]
-    margin, title = 4, 110
+    return labelled_rows([(label, [pixels[i] for i in chosen]) for label, pixels in rows], side=side)
+
+
+def labelled_rows(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], *, side: int) -> bytes:
+    """Images (H, W, 3) in rows, each row with its label on the left, each image shown at `side` pixels."""
+    margin, title, count = 4, 110, max(len(images) for _, images in rows)
     sheet = Image.new("RGB", (title + count * (side + margin), len(rows) * (side + margin) + margin), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for row, (label, pixels) in enumerate(rows):
+    for row, (label, images) in enumerate(rows):
         y = margin + row * (side + margin)
         draw.text((4, y + side // 2 - 12), "\n".join(textwrap.wrap(label, 17)), fill=(60, 60, 60), font=font)
-        for column, i in enumerate(chosen):
-            picture = Image.fromarray(pixels[i]).resize((side, side), Image.Resampling.BICUBIC)
+        for column, pixels_HWC in enumerate(images):
+            picture = Image.fromarray(pixels_HWC).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (title + column * (side + margin), y))
     return png(sheet)

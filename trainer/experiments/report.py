@@ -7,7 +7,7 @@ from the figures.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def write_report(folder: Path, target: Path) -> None:
     for name, data in pictures.items():
         write_whole(target / PICTURES / name, data)
     write_whole(target / "lpl.json", (json.dumps(_figures(results), indent=1) + "\n").encode())
-    page = [*_page(results, pictures), *_notes(target / NOTES)]
+    page = [*_page(results, pictures), *notes(target / NOTES)]
     write_whole(target / "lpl.md", ("\n".join(page) + "\n").encode())
 
 
@@ -307,7 +307,7 @@ def _times(results: Results) -> Iterator[str]:
     yield from table(["run", "steps", "training", "images/s", "sampling", "measuring", "restarts"], rows)
 
 
-def _notes(path: Path) -> Iterator[str]:
+def notes(path: Path) -> Iterator[str]:
     if path.exists():
         yield ""
         yield "## Notes"
@@ -315,13 +315,16 @@ def _notes(path: Path) -> Iterator[str]:
         yield path.read_text(encoding="utf-8").strip()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def report_command(
+    description: str | None, write: Callable[[Path, Path], None], arguments: list[str] | None = None
+) -> int:
+    """The command of a module that writes a report; its exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="the experiment's folder")
     parser.add_argument("report", help="where the page goes")
     options = parser.parse_args(arguments)
     try:
-        write_report(Path(options.out), Path(options.report))
+        write(Path(options.out), Path(options.report))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return int(ExitCode.USAGE)
@@ -329,4 +332,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report_command(__doc__, write_report))

@@ -97,13 +97,13 @@ class Comparison:
 
 class Results:
     def __init__(self, folder: Path) -> None:
-        plan = _read(folder / "experiment.json")
+        plan = read_json(folder / "experiment.json")
         self.folder, self.size = folder, plan["size"]
         self.variants: dict[str, dict[str, str]] = plan["variants"]
         """Name: label and group, in the order of the plan."""
         self.runs: list[dict[str, Any]] = plan["runs"]
-        self.reference: dict[str, Any] = _read(folder / "reference.json")
-        failures: dict[str, str] = _read(folder / "failures.json") if (folder / "failures.json").exists() else {}
+        self.reference: dict[str, Any] = read_json(folder / "reference.json")
+        failures: dict[str, str] = read_json(folder / "failures.json") if (folder / "failures.json").exists() else {}
         self.figures: dict[str, dict[str, Any]] = {}
         """Of each run that is done, by its name."""
         self.missing: dict[str, str] = {k: v for k, v in failures.items() if k.startswith("*")}
@@ -112,7 +112,7 @@ class Results:
             name = run["name"]
             path, summary = folder / "evaluations" / f"{name}.json", folder / "runs" / name / "summary.json"
             if path.exists() and summary.exists():
-                self.figures[name] = {**_with_means(_read(path)), "summary": _read(summary)}
+                self.figures[name] = {**_with_means(read_json(path)), "summary": read_json(summary)}
             else:
                 self.missing[name] = failures.get(name, "not run yet")
 
@@ -121,8 +121,8 @@ class Results:
         dataset, summary = self.folder / "classes/dataset.json", self.folder / "runs/latent-network/summary.json"
         if not (dataset.exists() and summary.exists()):
             return None
-        data = _read(dataset)
-        losses = _read(summary)["phases"][-1]["losses_last"]
+        data = read_json(dataset)
+        losses = read_json(summary)["phases"][-1]["losses_last"]
         return {"images": data["num_samples"], "classes": len(data["class_names"]), "losses": losses}
 
     def of(self, paradigm: str, variant: str) -> dict[int, dict[str, Any]]:
@@ -179,7 +179,7 @@ def _with_means(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {**figures, **means}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return tree
 

@@ -1,7 +1,8 @@
 """The frozen autoencoder between images and latents, and its decoder's feature maps.
 
 Images are in [-1, 1], `images_BCHW`. Raw latents are what the encoder gives and shards store; scaled latents,
-(raw - shift) * scale, are what the diffusion model sees. Latents are scaled unless a name says raw.
+(raw - shift) * scale, are what the diffusion model sees. Latents are scaled unless a name says raw. Of a `VQModel` raw
+latents are those before quantisation, as latent-diffusion has them: what it decodes is each pixel's nearest code.
 """
 
 import math
@@ -11,10 +12,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
 from trainer.config import CodecConfig
 from trainer.errors import UserError
+from trainer.models.codebook import nearest
 from trainer.models.codec_files import CLASSES, Autoencoder, load_weights, meta_autoencoder
 
 
@@ -35,6 +38,8 @@ class Codec(nn.Module):
         """Side of an image over side of its latents."""
         self.map_names = self._parts.map_names()
         """Names of the decoder's feature maps, in order."""
+        self.num_codes: int | None = int(vae.config["num_vq_embeddings"]) if isinstance(vae, VQModel) else None
+        """Size of the codebook, where there is one."""
         assert self.map_scales()[-1] == self.downsampling, "the decoder's images have another size than the encoder's"
         self.eval()
 
@@ -58,6 +63,11 @@ class Codec(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype
 
+    @property
+    def codes_KC(self) -> Tensor | None:
+        """The codebook, in raw latents, where there is one."""
+        return self.vae.quantize.embedding.weight if isinstance(self.vae, VQModel) else None
+
     def map_scales(self, num_maps: int | None = None) -> tuple[int, ...]:
         """Side of each feature map over the latents' side.
 
@@ -79,6 +89,11 @@ class Codec(nn.Module):
     def encode(self, images_BCHW: Tensor) -> Tensor:
         return self.raw_to_scaled(self.encode_raw(images_BCHW))
 
+    def code_indices(self, raw_BCHW: Tensor) -> Tensor | None:
+        """(B, H, W): the code that stands for each pixel of raw latents; None without a codebook."""
+        codes_KC = self.codes_KC
+        return None if codes_KC is None else nearest_codes(raw_BCHW, codes_KC)
+
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images, unclamped."""
         *_, last = self._decoder_maps(latents_BCHW)
@@ -95,7 +110,8 @@ class Codec(nn.Module):
         return [next(maps) for _ in range(count)]  # a generator: what nobody asks for is not computed
 
     def decoder_stages(self) -> list[list[nn.Module]]:
-        """The decoder's modules in the order in which they run, from raw latents: those up to each feature map."""
+        """The decoder's modules in the order in which they run, from raw latents, or the codes that stand for them: those up
+        to each feature map."""
         return self._parts.stages()
 
     def decoder_head(self) -> list[nn.Module]:
@@ -103,10 +119,24 @@ class Codec(nn.Module):
         return self._parts.head()
 
     def _decoder_maps(self, latents_BCHW: Tensor) -> Iterator[Tensor]:
-        h = self.scaled_to_raw(latents_BCHW).to(self.dtype)
+        h = quantized(self.scaled_to_raw(latents_BCHW), self.codes_KC).to(self.dtype)
         for stage in self.decoder_stages():
             h = run_chain(stage, h)
             yield h
+
+
+def quantized(raw_BCHW: Tensor, codes_KC: Tensor | None) -> Tensor:
+    """Each pixel's nearest code, whose gradient is the pixel's (straight-through); as they are without a codebook."""
+    if codes_KC is None:
+        return raw_BCHW
+    codes_BHWC = codes_KC.detach()[nearest_codes(raw_BCHW, codes_KC)]
+    return codes_BHWC.permute(0, 3, 1, 2) + (raw_BCHW - raw_BCHW.detach())
+
+
+def nearest_codes(raw_BCHW: Tensor, codes_KC: Tensor) -> Tensor:
+    """Index (B, H, W) of each pixel's nearest code."""
+    raw_BHWC = raw_BCHW.detach().permute(0, 2, 3, 1)
+    return nearest(raw_BHWC.flatten(0, 2), codes_KC.detach()).view(raw_BHWC.shape[:3])
 
 
 def run_chain(modules: Iterable[nn.Module], h: Tensor) -> Tensor:
@@ -141,18 +171,19 @@ def load_codec(config: CodecConfig, section: str = "task.codec") -> Codec:
 def _parts_of(vae: Autoencoder) -> "_KLParts | _TinyParts":
     if isinstance(vae, AutoencoderTiny):
         return _TinyParts(vae)
-    if isinstance(vae, AutoencoderKL | AsymmetricAutoencoderKL):
+    if isinstance(vae, AutoencoderKL | AsymmetricAutoencoderKL | VQModel):
         return _KLParts(vae)
     raise TypeError(f"a codec is made of {', '.join(CLASSES)}, not of {type(vae).__name__}")
 
 
 class _KLParts:
-    """`AutoencoderKL` and `AsymmetricAutoencoderKL`, whose decoder without a mask is a plain one, wider and deeper.
+    """`AutoencoderKL`; `AsymmetricAutoencoderKL`, whose decoder without a mask is a plain one, wider and deeper; `VQModel`,
+    which is as the first between its convolutions around the codebook.
 
     Maps: the output of the mid block, then of each up block after its upsampler.
     """
 
-    def __init__(self, vae: AutoencoderKL | AsymmetricAutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL | AsymmetricAutoencoderKL | VQModel) -> None:
         self.vae = vae
 
     def downsampling(self) -> int:
@@ -168,11 +199,10 @@ class _KLParts:
         return tuple(scales)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        moments = self.vae.encoder(images_BCHW)
+        h: Tensor = self.vae.encoder(images_BCHW)
         if self.vae.quant_conv is not None:
-            moments = self.vae.quant_conv(moments)
-        mean_BCHW: Tensor = moments.chunk(2, dim=1)[0]
-        return mean_BCHW
+            h = self.vae.quant_conv(h)
+        return h if isinstance(self.vae, VQModel) else h.chunk(2, dim=1)[0]
 
     def stages(self) -> list[list[nn.Module]]:
         decoder, after_quantization = self.vae.decoder, self.vae.post_quant_conv

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config import CodebookConfig
+from trainer.models.frozen_layers import as_it_is
 
 CHUNK = 1 << 24
 """Distances that are in memory at a time."""
@@ -28,10 +29,10 @@ class Quantized(NamedTuple):
 
 
 def quantize(latents_BCHW: Tensor, codes_KC: Tensor) -> Quantized:
-    """Eq. 1 to 3 of van den Oord et al.; in float32."""
-    z_BHWC = latents_BCHW.float().permute(0, 2, 3, 1)
+    """Eq. 1 to 3 of van den Oord et al.; in float32 at least."""
+    z_BHWC = _precise(latents_BCHW).permute(0, 2, 3, 1)
     indices_BHW = nearest(z_BHWC.detach().flatten(0, 2), codes_KC.detach()).view(z_BHWC.shape[:3])
-    codes_BHWC = codes_KC.float()[indices_BHW]
+    codes_BHWC = _precise(codes_KC)[indices_BHW]
     codebook_B = (codes_BHWC - z_BHWC.detach()).square().mean((1, 2, 3))
     commitment_B = (z_BHWC - codes_BHWC.detach()).square().mean((1, 2, 3))
     straight_through = z_BHWC + (codes_BHWC - z_BHWC).detach()
@@ -40,10 +41,16 @@ def quantize(latents_BCHW: Tensor, codes_KC: Tensor) -> Quantized:
 
 def nearest(vectors_NC: Tensor, codes_KC: Tensor) -> Tensor:
     """Index (N,) of the nearest code, the first of equals."""
-    codes = codes_KC.float()
+    codes = _precise(codes_KC)
     squares_K = codes.square().sum(1)
-    parts = vectors_NC.float().split(max(1, CHUNK // len(codes)))
-    return torch.cat([(squares_K - 2.0 * part @ codes.T).argmin(1) for part in parts])
+    parts = _precise(vectors_NC).split(max(1, CHUNK // len(codes)))
+    # autocast's products have 8 bits: of many codes that lie close they would take another one
+    with as_it_is(codes):
+        return torch.cat([torch.addmm(squares_K, part, codes.T, alpha=-2.0).argmin(1) for part in parts])
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class CodebookState:
@@ -52,20 +59,25 @@ class CodebookState:
     All of it is on the device and, after `end_step`, the same on all ranks, however the batch was split.
     """
 
-    def __init__(self, config: CodebookConfig, channels: int, device: torch.device) -> None:
+    def __init__(self, config: CodebookConfig, channels: int, device: torch.device, *, frozen: bool = False) -> None:
+        """`frozen`: codes stay as they are, whatever the config says of their update; only counted."""
         self.config = config
+        self._is_mean = config.update == "ema" and not frozen
+        self._restart_below = 0.0 if frozen else config.restart_below
         size = config.size
-        self.counts_K = torch.zeros(size, device=device)
+        self.chosen_K = torch.zeros(size, device=device)
         """Running mean of how often a step's global batch chooses each code."""
-        self.sums_KC = torch.zeros(size if config.update == "ema" else 0, channels, device=device)
+        self.counts_K = torch.zeros(size, device=device)
+        """The same, but a code that begins again does so at `restart_below`."""
+        self.sums_KC = torch.zeros(size if self._is_mean else 0, channels, device=device)
         """Running mean of the sum of the latents that chose it."""
         self._new_counts_K = torch.zeros(size, device=device)
         self._new_sums_KC = torch.zeros_like(self.sums_KC)
-        self._candidates_KC = torch.zeros(size if config.restart_below else 0, channels, device=device)
+        self._candidates_KC = torch.zeros(size if self._restart_below else 0, channels, device=device)
         self._restarts = torch.zeros((), device=device)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {"counts": self.counts_K, "sums": self.sums_KC, "restarts": self._restarts}
+        return {"chosen": self.chosen_K, "counts": self.counts_K, "sums": self.sums_KC, "restarts": self._restarts}
 
     @torch.no_grad()
     def observe(self, latents_BCHW: Tensor, indices_BHW: Tensor) -> None:
@@ -73,15 +85,16 @@ class CodebookState:
         indices_N = indices_BHW.flatten()
         ones_N = torch.ones(indices_N.shape, device=indices_N.device)
         self._new_counts_K.index_add_(0, indices_N, ones_N)
-        if self.config.update == "ema":
-            self._new_sums_KC.index_add_(0, indices_N, latents_BCHW.float().permute(0, 2, 3, 1).flatten(0, 2))
+        if self._is_mean:
+            latents_NC = latents_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
+            self._new_sums_KC.index_add_(0, indices_N, latents_NC.to(self._new_sums_KC.dtype))
 
     def restart_is_due(self, step: int) -> bool:
-        return bool(self.config.restart_below) and (step + 1) % self.config.restart_every_steps == 0
+        return bool(self._restart_below) and (step + 1) % self.config.restart_every_steps == 0
 
     def moves_codes(self, step: int) -> bool:
         """Whether `end_step` sets codes, which otherwise only the optimizer moves."""
-        return self.config.update == "ema" or self.restart_is_due(step)
+        return self._is_mean or self.restart_is_due(step)
 
     @torch.no_grad()
     def offer(self, latents_BCHW: Tensor, offsets_B: NDArray[np.int64], batch_size: int, uniform_2K: Tensor) -> None:
@@ -101,11 +114,12 @@ class CodebookState:
         codes, rows, pixels = (
             torch.from_numpy(a).to(device, non_blocking=True) for a in (mine, order[place_K[mine]], pixel_K[mine])
         )
-        self._candidates_KC[codes] = latents_BCHW.detach().float().flatten(2)[rows, :, pixels]
+        self._candidates_KC[codes] = latents_BCHW.detach().to(self._candidates_KC.dtype).flatten(2)[rows, :, pixels]
 
     @torch.no_grad()
     def end_step(self, codes_KC: Tensor | None, step: int, keep: Tensor) -> Tensor | None:
-        """After a step, on all ranks: given the codes where this moves them, returns them as they are to be now.
+        """After a step, on all ranks: given the codes where this moves them, returns them as they are to be now. A
+        collective.
 
         Args:
             keep: 1.0 where the step counts, else 0.0, on the device.
@@ -117,34 +131,36 @@ class CodebookState:
         dist.all_reduce(flat)
         new_counts_K, *rest = flat.split([part.numel() for part in parts])
         new_sums_KC = rest[0].view_as(self.sums_KC)
+        chosen_K = decay * self.chosen_K + (1 - decay) * new_counts_K
         counts_K = decay * self.counts_K + (1 - decay) * new_counts_K
         sums_KC = decay * self.sums_KC + (1 - decay) * new_sums_KC
-        codes = None if codes_KC is None else codes_KC.float()
-        if codes is not None and self.config.update == "ema":
+        codes = None if codes_KC is None else _precise(codes_KC)
+        if codes is not None and self._is_mean:
             # appendix A; a code that nothing has chosen yet stays where it is
             codes = torch.where(counts_K[:, None] > 1e-20, sums_KC / counts_K.clamp(min=1e-20)[:, None], codes)
         restarted = torch.zeros_like(self._restarts)
         if due:
-            dead_K = counts_K < self.config.restart_below
+            dead_K = counts_K < self._restart_below
             candidates_KC = rest[1].view_as(self._candidates_KC)
             assert codes is not None
             codes = torch.where(dead_K[:, None], candidates_KC, codes)
-            if self.config.update == "ema":
-                sums_KC = torch.where(dead_K[:, None], candidates_KC * self.config.restart_below, sums_KC)
-            counts_K = torch.where(dead_K, torch.full_like(counts_K, self.config.restart_below), counts_K)
+            if self._is_mean:
+                sums_KC = torch.where(dead_K[:, None], candidates_KC * self._restart_below, sums_KC)
+            counts_K = torch.where(dead_K, torch.full_like(counts_K, self._restart_below), counts_K)
             restarted = dead_K.sum().float()
         kept = keep > 0
+        self.chosen_K.copy_(torch.where(kept, chosen_K, self.chosen_K))
         self.counts_K.copy_(torch.where(kept, counts_K, self.counts_K))
         self.sums_KC.copy_(torch.where(kept, sums_KC, self.sums_KC))
         self._restarts.add_(torch.where(kept, restarted, torch.zeros_like(restarted)))
         for buffer in (self._new_counts_K, self._new_sums_KC, self._candidates_KC):
             buffer.zero_()
-        return None if codes is None or codes_KC is None else torch.where(kept, codes, codes_KC.float())
+        return None if codes is None or codes_KC is None else torch.where(kept, codes, _precise(codes_KC))
 
     def terms(self) -> dict[str, Tensor]:
         """Scalars: `perplexity`, exp of the entropy of the codes' shares; `codebook_usage`, the share of codes that were chosen
         within about the last 1 / (1 - ema_decay) steps; `codes_restarted`, so far."""
-        share_K = self.counts_K / self.counts_K.sum().clamp(min=1e-20)
+        share_K = self.chosen_K / self.chosen_K.sum().clamp(min=1e-20)
         entropy = -(share_K * share_K.clamp(min=1e-20).log()).sum()
-        used = (self.counts_K > (1 - self.config.ema_decay) / np.e).float().mean()
+        used = (self.chosen_K > (1 - self.config.ema_decay) / np.e).float().mean()
         return {"perplexity": entropy.exp(), "codebook_usage": used, "codes_restarted": self._restarts.clone()}

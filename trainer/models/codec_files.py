@@ -12,17 +12,19 @@ import torch
 from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.autoencoders.vq_model import VQModel
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
 from trainer.errors import UserError, one_line
 from trainer.models.tensor_files import open_url, read_bytes, read_safetensors
 
-Autoencoder = AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny
+Autoencoder = AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | VQModel
 CLASSES: dict[str, type[Autoencoder]] = {
     "AutoencoderKL": AutoencoderKL,
     "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
+    "VQModel": VQModel,
 }
 
 WHAT = "the autoencoder"
@@ -31,7 +33,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PICKLE_FILE = "diffusion_pytorch_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
-MAX_BLOCKS, MAX_LAYERS_PER_BLOCK, MAX_LATENT_CHANNELS = 16, 64, 1024
+MAX_BLOCKS, MAX_LAYERS_PER_BLOCK, MAX_LATENT_CHANNELS, MAX_CODES = 16, 64, 1024, 1 << 20
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -58,6 +60,9 @@ def meta_autoencoder(url: str) -> Autoencoder:
     except Exception as e:  # diffusers raises whatever a foreign value runs into, ZeroDivisionError included
         raise UserError(f"{path}: not a valid {name} config ({one_line(e)})") from None
     assert isinstance(vae, Autoencoder)
+    if "shift_factor" not in known and config.get("shift_factor") is not None:
+        # An export's, of a class whose constructor has none; diffusers keeps it in its config, too.
+        vae.register_to_config(shift_factor=config["shift_factor"])
     return vae
 
 
@@ -95,10 +100,11 @@ def _read_weights(fs: AbstractFileSystem, path: str, class_name: str) -> dict[st
         raise _missing(path) from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({one_line(e)})") from None
-    return {_current_name(name): weight.float() for name, weight in weights.items()}
+    return {current_name(name): weight.float() for name, weight in weights.items()}
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
+    """Of a tensor that an old diffusers named."""
     parts = name.split(".")
     if "attentions" in parts and parts[-2] in DEPRECATED_ATTENTION:
         parts[-2] = DEPRECATED_ATTENTION[parts[-2]]
@@ -136,10 +142,12 @@ def _read_config(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in CLASSES:
         raise UserError(f"{path}: _class_name is {name!r}; supported are {', '.join(CLASSES)}")
     check = _Check(config, path)
-    if name == "AutoencoderKL":
+    if name in ("AutoencoderKL", "VQModel"):
         levels = check.widths("block_out_channels")
         check.layers("layers_per_block")
         check.block_types(levels, levels)
+        if name == "VQModel":
+            check.codebook()
     elif name == "AsymmetricAutoencoderKL":
         downs, ups = check.widths("down_block_out_channels"), check.widths("up_block_out_channels")
         check.need(ups == downs, "up_block_out_channels", f"as long as down_block_out_channels, {downs}")
@@ -197,9 +205,18 @@ class _Check:
         upsampling = self._config.get("upsample_fn", "nearest")
         self.need(upsampling in UPSAMPLING, "upsample_fn", f"one of {', '.join(UPSAMPLING)}")
 
+    def codebook(self) -> None:
+        codes: Any = self._config.get("num_vq_embeddings", 256)
+        self.need(_is_count(codes, MAX_CODES), "num_vq_embeddings", f"1 to {MAX_CODES}")
+        channels, width = self._config.get("latent_channels", 3), self._config.get("vq_embed_dim")
+        self.need(width is None or width == channels, "vq_embed_dim", f"latent_channels, {channels}, or null")
+        group = self._config.get("norm_type", "group") == "group"
+        self.need(group, "norm_type", "group: a decoder whose norms see the latents is not supported")
+
     def common(self) -> None:
         for field in ("in_channels", "out_channels"):
-            self.need(self._config.get(field, 3) == 3, field, "3: images are RGB")
+            self.need(self._config.get(field, 3) == 3, field, "3: images are RGB (a second stage, which refines another "
+                      "autoencoder's latents, has the number of their channels, and is no codec of images)")  # fmt: skip
         channels = self._config.get("latent_channels", 4)
         self.need(_is_count(channels, MAX_LATENT_CHANNELS), "latent_channels", f"1 to {MAX_LATENT_CHANNELS}")
         scale: Any = self._config.get("scaling_factor", 1.0)

@@ -1,6 +1,7 @@
 """PatchGAN (Isola et al. 2017; pix2pix's `NLayerDiscriminator`): a logit for each patch of an image."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from trainer.config import DiscriminatorConfig
+from trainer.models.frozen_layers import as_it_is
 
 WIDEST = 8
 """Times the first layer's width."""
@@ -37,9 +40,27 @@ class Discriminator(nn.Module):
         logits: Tensor = self.layers(images_BCHW)
         return logits
 
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Of the spectral norms, one power iteration (Miyato et al. 2018, algorithm 1). In eval mode forward passes make none,
+        so that a step is the same however many passes its batch is split into."""
+        parametrized: list[Any] = [module for module in self.modules() if is_parametrized(module, "weight")]
+        for module in parametrized:
+            module.parametrizations.train()
+            module.weight  # noqa: B018
+            module.parametrizations.eval()
+
+
+class _Conv(nn.Conv2d):
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # spectral norm divides by a product of its own here
+        with as_it_is(x_BCHW):
+            weight = self.weight
+        return self._conv_forward(x_BCHW, weight, self.bias)
+
 
 def _conv(config: DiscriminatorConfig, before: int, width: int, *, stride: int, bias: bool = True) -> nn.Module:
-    conv = nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=bias)
+    conv = _Conv(before, width, 4, stride=stride, padding=1, bias=bias)
     nn.init.normal_(conv.weight, 0.0, 0.02)
     return spectral_norm(conv) if config.norm == "spectral" else conv
 
@@ -57,7 +78,7 @@ class BatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x = x_BCHW.float()
+        x = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         # ranks have equally many pixels; the mean first, as a difference of squares would lose digits

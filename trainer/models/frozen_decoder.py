@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.models.autoencoders import Codec
+from trainer.models.autoencoders import Codec, quantized
 from trainer.models.frozen_layers import ALL_SAVINGS, FrozenConv, PhaseConv, Savings, as_it_is, frozen_chain
 
 Window = tuple[Tensor, Tensor, int, int]
@@ -22,8 +22,10 @@ class FrozenDecoder(nn.Module):
 
     A copy of a codec's decoder that computes the same with fewer operations and keeps less for the backward pass
     (`trainer.models.frozen_layers`); the codec stays as it is. It has a type of its own and computes in that, also under
-    autocast.
+    autocast. A codebook's codes are chosen in float32, whatever that type is.
     """
+
+    codes_KC: Tensor | None
 
     def __init__(
         self,
@@ -53,6 +55,8 @@ class FrozenDecoder(nn.Module):
         """Side of each feature map over the latents' side."""
         self._scaled_to_raw = codec.scaling_factor, codec.shift_factor
         self._dtype, self._savings = dtype, savings
+        codes_KC = codec.codes_KC
+        self.register_buffer("codes_KC", None if codes_KC is None else codes_KC.detach().clone())
         stages = codec.decoder_stages()
         self.stages = nn.ModuleList(frozen_chain(stage, savings) for stage in stages[: len(self.map_names)])
         has_all = len(self.map_names) == len(stages)
@@ -98,7 +102,7 @@ class FrozenDecoder(nn.Module):
 
     def _raw(self, latents_BCHW: Tensor) -> Tensor:
         scale, shift = self._scaled_to_raw
-        raw_BCHW = (latents_BCHW / scale + shift).to(self.dtype)
+        raw_BCHW = quantized(latents_BCHW / scale + shift, self.codes_KC).to(self.dtype)
         return raw_BCHW.contiguous(memory_format=torch.channels_last) if self._savings.channels_last else raw_BCHW
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenDecoder":  # behind `to`, `cuda`, `double`

@@ -28,31 +28,35 @@ COPIES = "lins."
 CLASSIFIER = "classifier."
 
 
-def build_lpips(config: LPIPSConfig, field: str = "task.perceptual.lpips") -> LPIPS:
+def build_lpips(
+    config: LPIPSConfig, field: str = "task.perceptual.lpips", *, options: tuple[str, str] | None = None
+) -> LPIPS:
     """The network with its weights, float32, on the CPU, frozen.
 
     Args:
         field: of the config's section, for messages.
+        options: in its place, what a command calls `url` and `heads_url`.
 
     Raises:
         UserError: weights are not there, damaged, or of another network; the message names field, file and tensor.
     """
     with torch.device("meta"):
         lpips = LPIPS(config.network)
-    url, url_field = config.url, f"{field}.url"
+    url_field, heads_field = options or (f"{field}.url", f"{field}.heads_url")
+    url = config.url
     if url is None:
         url = _file_of_torchvision(config.network, url_field)
     path, weights = _read(url, url_field)
     if any(name.startswith("features.") for name in weights):
         state = _from_torchvision(weights, lpips, f"{url_field}: {path}")
         if config.heads_url is None:
-            raise UserError(f"{field}.heads_url: absent, and {path} has a trunk alone; give the file with its heads, as "
+            raise UserError(f"{heads_field}: absent, and {path} has a trunk alone; give the file with its heads, as "
                             "weights/v0.1/vgg.pth of the lpips package")  # fmt: skip
-        path, heads = _read(config.heads_url, f"{field}.heads_url")
-        state |= _heads(heads, lpips, f"{field}.heads_url: {path}")
+        path, heads = _read(config.heads_url, heads_field)
+        state |= _heads(heads, lpips, f"{heads_field}: {path}")
     else:
         if config.heads_url is not None and HEAD_NAMES[0] in weights:
-            raise UserError(f"{field}.heads_url: {path} has heads of its own; leave one of the two out")
+            raise UserError(f"{heads_field}: {path} has heads of its own; leave one of the two out")
         state = _from_package(weights, lpips, f"{url_field}: {path}")
     lpips.load_state_dict(state, assign=True)
     return lpips

@@ -59,6 +59,8 @@ class Reconstructed(NamedTuple):
     """The decoder's feature maps, as `Codec.decode_features` numbers them."""
     raw: Tensor
     """Raw latents: the posterior's mean, or the latents before quantisation."""
+    drawn: Tensor
+    """Raw latents that were decoded: drawn from the posterior, or quantised."""
     kl_B: Tensor | None
     """Divergence of the posterior from a standard normal, summed over each latent."""
     quantized: Quantized | None
@@ -91,12 +93,27 @@ class Reconstruction(nn.Module):
         for module in frozen:
             if module is not None:
                 module.requires_grad_(False)
-        self._encoder_is_frozen = trained == "decoder"
+        self._trained = trained
+
+    def given_names(self) -> list[str]:
+        """Parameters that `init_from` must give, because nothing here trains them."""
+        if self._trained == "all":
+            return []
+        unused = "autoencoder.decoder.condition_encoder."
+        names = (name for name, parameter in self.named_parameters() if not parameter.requires_grad)
+        return [name for name in names if not name.startswith(unused)]
 
     def units(self) -> list[nn.Module]:
         """Parts to gather, recompute and compile one at a time; what lies between them is the root's."""
-        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
-        return [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
+        decoder = self.autoencoder.decoder
+        return [*self._encoder_units(), decoder.mid_block, *decoder.up_blocks]
+
+    def _encoder_units(self) -> list[nn.Module]:
+        return [*self.autoencoder.encoder.down_blocks, self.autoencoder.encoder.mid_block]
+
+    def units_without_backward(self) -> list[nn.Module]:
+        """Those that no gradient passes through: a frozen decoder hands one on to its latents, a frozen encoder to nobody."""
+        return self._encoder_units() if self._trained == "decoder" else []
 
     @property
     def codes_KC(self) -> Tensor:
@@ -130,14 +147,16 @@ class Reconstruction(nn.Module):
             noise: of the draw from the posterior, of the latents' shape; None: its mean.
             transform: of drawn latents, whose image is returned as `transformed`.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_is_frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._trained != "decoder"):
             encoded = self.encode(x)
             kl_B, quantized = None, None
             if isinstance(self.autoencoder, VQModel):
                 raw = encoded
             else:
-                posterior = DiagonalGaussianDistribution(encoded.float())
-                raw, kl_B = posterior.mean, posterior.kl()
+                wide = torch.promote_types(encoded.dtype, torch.float32)
+                posterior = DiagonalGaussianDistribution(encoded.to(wide))
+                # a copy, not a view of the moments: an output's hooks, by which sharding works, do not survive on views
+                raw, kl_B = posterior.mean.clone(), posterior.kl()
         if isinstance(self.autoencoder, VQModel):
             quantized = quantize(raw, self.codes_KC)
             drawn = quantized.latents_BCHW
@@ -146,4 +165,4 @@ class Reconstruction(nn.Module):
         out, before_last, maps = self.decode(drawn)
         again = self.decode(transform(drawn))[0] if transform is not None else None
         log_variance = None if self.log_variance is None else self.log_variance * 1.0
-        return Reconstructed(out, before_last, maps, raw, kl_B, quantized, log_variance, again)
+        return Reconstructed(out, before_last, maps, raw, drawn, kl_B, quantized, log_variance, again)

@@ -9,8 +9,8 @@ import fsspec
 from trainer.config import RunConfig
 from trainer.config_text import from_yaml, suggest
 from trainer.errors import UserError
-from trainer.recipes import models, paper
-from trainer.recipes.demo import demo, demo_autoencoder, photos
+from trainer.recipes import autoencoder, models, paper
+from trainer.recipes.demo import demo, demo_autoencoder, photos, photos_autoencoder
 from trainer.recipes.latent_network import demo_latent_network, latent_network
 
 
@@ -25,7 +25,7 @@ def _by_paradigm(recipe: Callable[[paper.Paradigm], RunConfig]) -> dict[str, Cal
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    **{f.__name__: f for f in (demo, demo_autoencoder, demo_latent_network, photos, latent_network)},
+    **{f.__name__: f for f in (demo, photos, demo_autoencoder, photos_autoencoder, demo_latent_network)},
     **_by_paradigm(paper.imagenet_256),
     **_by_paradigm(paper.imagenet_512_lpl),
     **_by_paradigm(paper.cc12m_256),
@@ -39,6 +39,20 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
             models.imagenet_256_dit,
             models.cc12m_256_unet,
             models.cc12m_256_pixart,
+            latent_network,
+            autoencoder.autoencoder_kl_f8,
+            autoencoder.autoencoder_kl_f4,
+            autoencoder.autoencoder_kl_f16,
+            autoencoder.autoencoder_kl_f8_16ch,
+            autoencoder.autoencoder_kl_f8_32ch,
+            autoencoder.autoencoder_vq_f8,
+            autoencoder.autoencoder_vq_f4,
+            autoencoder.autoencoder_vq_f16,
+            autoencoder.autoencoder_decoder,
+            autoencoder.autoencoder_asymmetric,
+            autoencoder.autoencoder_light_decoder,
+            autoencoder.autoencoder_encoder,
+            autoencoder.autoencoder_second_stage,
         )
     },
 }

@@ -1,4 +1,4 @@
-"""The demo: the whole service at a size that two CPU cores train in minutes; and its autoencoder."""
+"""The demo: the whole service at a size that two CPU cores train in minutes; its autoencoder; and both on photos of yours."""
 
 from trainer.config import (
     AutoencoderConfig,
@@ -7,9 +7,11 @@ from trainer.config import (
     CodecConfig,
     DataConfig,
     DatasetConfig,
+    DiscriminatorConfig,
     EMAConfig,
     KLModelConfig,
     LatentDiffusionConfig,
+    LPIPSConfig,
     LPLConfig,
     MetricsConfig,
     MMDiTConfig,
@@ -18,6 +20,7 @@ from trainer.config import (
     PhaseConfig,
     PhasePerceptualConfig,
     PromptAccuracyConfig,
+    ReconstructionsConfig,
     RunConfig,
     SamplesConfig,
     replace,
@@ -80,21 +83,52 @@ def photos() -> RunConfig:
 
 
 def demo_autoencoder() -> RunConfig:
-    """The demo's own autoencoder: f8, 4 channels, L1 + KL, on all 1,854 emoji.
+    """The demo's own autoencoder: f8, 4 channels, L1 + LPIPS + PatchGAN + KL, on all 1,854 emoji.
 
-    `make demo-autoencoder`. Twenty to thirty minutes on two CPU cores, 1.0M parameters. Expect an L1 of about 0.05 and a
-    PSNR of 25.3 dB on the images it was trained on; the exported weights are 2.0 MB in float16.
+    `make demo-autoencoder` fetches LPIPS's weights (shift-tolerant AlexNet) into `models/stlpips`, trains, and puts the
+    export in the place of the shipped one; `make demo-autoencoder LPIPS=FILE` takes weights that are there. 1.0M
+    parameters, two CPU cores.
     """
     return RunConfig(
         name="demo_autoencoder",
         task=AutoencoderConfig(
-            model=KLModelConfig(block_out_channels=(24, 32, 64, 64), norm_num_groups=8)
+            model=KLModelConfig(block_out_channels=(24, 32, 64, 64), norm_num_groups=8),
+            lpips=LPIPSConfig(network="alex_shift_tolerant", url="models/stlpips/alex_shift_tolerant.pth"),
+            # from 40 % of the steps; a logit sees 34 of the 64 px
+            discriminator=DiscriminatorConfig(start_step=1000, width=32, num_layers=2),
         ),
         data=DataConfig(datasets={"emoji": DatasetConfig(url="repo://data/assets/emoji_64")}, flip_probability=0.5),
         phases=(
             PhaseConfig(name="train", steps=2000, resolution=64, batch_size=32, learning_rate=1e-3, ema_decay=0.995),
             PhaseConfig(name="settle", steps=500, resolution=64, batch_size=32, learning_rate=2e-4, ema_decay=0.995),
         ),
-        optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=100),
+        optim=OptimConfig(betas=(0.5, 0.9), weight_decay=0.0, warmup_steps=100),
         checkpoint=CheckpointConfig(every_steps=250),
+        reconstructions=ReconstructionsConfig(every_steps=500),
+    )  # fmt: skip
+
+
+def photos_autoencoder() -> RunConfig:
+    """An autoencoder of your own photos at 128 px: f8, 4 channels, L1 + LPIPS + PatchGAN + KL. docs/autoencoder.md, end to end.
+
+    `loupe data split PHOTOS runs/photos-split --size 160`, `make lpips`, then `python launch/slurm.py photos_autoencoder
+    --cluster local --gpus-per-node 2 --cpu --set data.datasets.photos.url=runs/photos-split/train/NAME`. 1.9M parameters.
+    """
+    run = demo_autoencoder()
+    assert run.task.kind == "autoencoder"
+    return replace(
+        run,
+        name="photos_autoencoder",
+        task=replace(
+            run.task,
+            model=KLModelConfig(block_out_channels=(32, 48, 64, 96), norm_num_groups=8),
+            discriminator=DiscriminatorConfig(start_step=1000, width=32),
+        ),
+        data=DataConfig(
+            datasets={"photos": DatasetConfig(url="runs/photos-split/train/photos")}, random_crop=True, flip_probability=0.5
+        ),
+        phases=tuple(replace(phase, resolution=128, batch_size=16) for phase in run.phases),
+        reconstructions=ReconstructionsConfig(
+            every_steps=500, count=64, dataset=DatasetConfig(url="runs/photos-split/heldout")
+        ),
     )  # fmt: skip

@@ -5,10 +5,13 @@ Both players learn in one step, from the same forward pass: the discriminator se
 either has moved.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from data.loader import Batch
 from trainer import optim
@@ -48,13 +51,17 @@ class AutoencoderTask(Task):
             self.image_space = ImageSpaceTerms(config.image_space, self.teacher, "task.image_space.lpips").to(device)
         self.codebook: CodebookState | None = None
         if config.model.kind == "vq":
-            self.codebook = CodebookState(config.model.codebook, config.model.latent_channels, device)
+            frozen = config.trained != "all"
+            self.codebook = CodebookState(config.model.codebook, config.model.latent_channels, device, frozen=frozen)
         self.discriminator: Discriminator | None = None
         """Whole on every rank: it is small, and runs twice in each step."""
         if config.discriminator:
-            self.discriminator = Discriminator(config.discriminator).to(device)
+            self.discriminator = Discriminator(config.discriminator).to(device).eval()
             own = OptimConfig(betas=config.discriminator.betas, weight_decay=0.0)
             self._optimizer = optim.build_optimizer(self.discriminator, own)
+            self._judged = torch.zeros((), device=device)
+            """Its loss in this step."""
+            self._buffers_before: list[Tensor] = []
 
     def sharding_units(self) -> list[nn.Module]:
         return self.module.units()
@@ -73,8 +80,6 @@ class AutoencoderTask(Task):
 
     def check(self) -> list[str]:
         config, warnings = self.config, []
-        if self.config.outliers and self.config.outliers.maps:
-            self._map_indices()
         for i, phase in enumerate(self._run.phases):
             if self.lpips and phase.resolution < self.lpips.smallest_side:
                 raise UserError(
@@ -98,24 +103,41 @@ class AutoencoderTask(Task):
 
     def _map_indices(self) -> list[int]:
         """Places of the decoder maps that the outlier penalty is of."""
-        names = ["mid", *(f"up{i}" for i in range(len(self.config.model.block_out_channels)))]
         wanted = self.config.outliers.maps if self.config.outliers else None
-        unknown = [name for name in wanted or () if name not in names]
-        if unknown:
-            raise UserError(f"task.outliers.maps: no decoder map {unknown[0]!r}; there are {', '.join(names)}")
-        return [i for i, name in enumerate(names) if wanted is None or name in wanted]
+        return [i for i, name in enumerate(self.config.model.decoder_maps) if wanted is None or name in wanted]
+
+    def check_warm_start(self, loaded: Collection[str]) -> None:
+        """What is not trained must have been loaded."""
+        lost = sorted(set(self.module.given_names()) - set(loaded))
+        if lost:
+            raise UserError(
+                f"task.trained: {self.config.trained}, and init_from gave nothing for {lost[0]} ({len(lost)} such), which "
+                "would stay as it was drawn at random; take it in with init_from.include, or from weights that have it"
+            )
 
     # -------------------------------------------------------------------------------------------------------- training
 
+    def begin_step(self, plan: StepPlan) -> None:
+        for unit in self.module.units_without_backward():
+            if isinstance(unit, FSDPModule):
+                unit.set_unshard_in_backward(False)  # the decoder's first block would have its neighbour gathered
+        if self.discriminator and self._plays(plan):
+            self._judged.zero_()
+            self._buffers_before = [buffer.clone() for buffer in self.discriminator.buffers()]
+            self.discriminator.begin_step()
+
+    def begins_another_loss(self, plan: StepPlan) -> bool:
+        return self.config.discriminator is not None and plan.step == self.config.discriminator.start_step
+
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
-        images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
+        images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True)).to(self._dtype)
         x = self._teachers_latents(images) if self.config.reconstructs == "latents" else images
         side = x.shape[-1] // self.config.model.downsampling
         shape = (self.config.model.latent_channels, side, side)
         positions = batch.positions_B.tolist()
         noise = None
         if self.config.model.kind != "vq":
-            noise = normal(self._run.seed, positions, "posterior", shape, device=self._device)
+            noise = normal(self._run.seed, positions, "posterior", shape, device=self._device).to(self._dtype)
         transform = self._transform(plan.step)
         with autocast(self._device):
             out: Reconstructed = self.module(x, noise, transform and (lambda z: _turned(z, transform)))
@@ -144,7 +166,7 @@ class AutoencoderTask(Task):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss (B,) of the reconstructed images, its gradient with respect to them, and its terms. The discriminator's own
         gradient is added to its parameters'."""
-        x_hat = out.x.detach().float().requires_grad_()
+        x_hat = out.x.detach().to(self._dtype).requires_grad_()
         reconstruction_B, terms = self._reconstruction(images, x_hat, out)
         nll_B, terms["reconstruction"] = reconstruction_B, reconstruction_B.detach()
         if out.log_variance is not None:
@@ -161,12 +183,15 @@ class AutoencoderTask(Task):
             balance = torch.ones((), device=self._device)
             if config.adaptive_weight:
                 shape = self.module.last_layer_shape
-                nll, game = (last_layer_gradient(out.before_last, shape, g) for g in (gradient, of_game))
+                # of the micro-batch's means: eps of the weight is beside a gradient of that size
+                share = scale * len(images)
+                nll, game = (last_layer_gradient(out.before_last, shape, g / share) for g in (gradient, of_game))
                 balance = adaptive_weight(nll, game)
             gradient = gradient + config.weight * balance * of_game
             real = self.discriminator(images)
             judged_B = discriminator_loss(real, fake, config.loss)
             (scale * judged_B.sum()).backward(inputs=list(self.discriminator.parameters()))
+            self._judged += scale * judged_B.detach().sum()
             loss_B = loss_B + config.weight * balance * generator_B.detach()
             terms |= {
                 "generator": generator_B.detach(),
@@ -183,7 +208,8 @@ class AutoencoderTask(Task):
         pixel_B = (error.abs() if config.pixel_loss == "l1" else error.square()).mean((1, 2, 3))
         terms: dict[str, Tensor] = {config.pixel_loss: pixel_B.detach()}
         total_B = config.pixel_weight * pixel_B
-        features = self.lpips.features(x_hat) if self.lpips else []
+        compared = config.lpips_weight or (config.consistency and config.consistency.lpips_weight)
+        features = self.lpips.features(x_hat) if self.lpips and compared else []
         if self.lpips and config.lpips_weight:
             with torch.no_grad():
                 target = self.lpips.features(images)
@@ -192,7 +218,7 @@ class AutoencoderTask(Task):
         if config.consistency:
             assert self.teacher is not None
             with torch.no_grad():
-                taught = self.teacher.decode(self.teacher.raw_to_scaled(out.raw.detach())).float()
+                taught = self.teacher.decode(self.teacher.raw_to_scaled(out.drawn.detach())).to(self._dtype)
             taught_B = (x_hat - taught).abs().mean((1, 2, 3))
             total_B, terms["consistency"] = total_B + config.consistency.pixel_weight * taught_B, taught_B.detach()
             if config.consistency.lpips_weight:
@@ -211,39 +237,46 @@ class AutoencoderTask(Task):
         config, terms = self.config, {}
         total_B = torch.zeros(len(x), device=self._device)
         if out.kl_B is not None:
-            kl_B = out.kl_B.float() / x[0].numel()
+            kl_B = out.kl_B / x[0].numel()
             total_B, terms["kl"] = total_B + config.kl_weight * kl_B, kl_B.detach()
         if out.quantized is not None:
             assert config.model.kind == "vq"
             book, quantized = config.model.codebook, out.quantized
             terms |= {"codebook": quantized.codebook_B.detach(), "commitment": quantized.commitment_B.detach()}
-            code_B = quantized.codebook_B if book.update == "gradient" else torch.zeros_like(quantized.codebook_B)
-            total_B = total_B + book.weight * (code_B + book.commitment_weight * quantized.commitment_B)
+            moved_B = quantized.commitment_B * book.commitment_weight
+            if quantized.codebook_B.requires_grad:  # not where codes are frozen, or running means
+                moved_B = moved_B + quantized.codebook_B
+            total_B = total_B + book.weight * moved_B
         if config.outliers:
             penalty_B = outlier_penalty([out.maps[i] for i in self._map_indices()], config.outliers.threshold)
             total_B, terms["outliers"] = total_B + config.outliers.weight * penalty_B, penalty_B.detach()
         if transform and config.equivariance:
             assert out.transformed is not None
             target = transformed(images, transform, out.transformed.shape[-1])
-            turned_B = (out.transformed.float() - target).abs().mean((1, 2, 3))
+            turned_B = (out.transformed.to(self._dtype) - target).abs().mean((1, 2, 3))
             total_B, terms["equivariance"] = total_B + config.equivariance.weight * turned_B, turned_B.detach()
         if self.image_space:
             assert self.teacher is not None
             if config.reconstructs == "latents":
-                estimate, truth = out.x.float(), x
+                estimate, truth = out.x.to(self._dtype), x
             else:
                 estimate, truth = self.teacher.raw_to_scaled(out.raw), self._teachers_latents(images)
             compared_B, named = self.image_space(estimate, truth, images)
             total_B, terms = total_B + compared_B, {**terms, **{name: term.detach() for name, term in named.items()}}
         elif config.reconstructs == "latents":
-            l2_B = (out.x.float() - x).square().mean((1, 2, 3))
+            l2_B = (out.x.to(self._dtype) - x).square().mean((1, 2, 3))
             total_B, terms["l2"] = total_B + l2_B, l2_B.detach()
         return total_B, terms
 
     def _teachers_latents(self, images: Tensor) -> Tensor:
         assert self.teacher is not None
         with torch.no_grad():
-            return self.teacher.encode(images).float()
+            return self.teacher.encode(images).to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the trained weights, and of all that no autocast lowers: float32."""
+        return next(self.module.parameters()).dtype
 
     def _transform(self, step: int) -> Transform | None:
         """This step's, the same on all ranks and in all micro-batches."""
@@ -269,20 +302,24 @@ class AutoencoderTask(Task):
         if not (self.discriminator and self._plays(plan)):
             return None
         gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), self._judged[None]])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        *parts, judged = flat.split([*(gradient.numel() for gradient in gradients), 1])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-        return torch.linalg.vector_norm(flat)
+        # a loss may be non-finite and its gradient finite
+        return torch.linalg.vector_norm(flat[:-1]) + 0.0 * judged[0]
 
     def _plays(self, plan: StepPlan) -> bool:
         return self.config.discriminator is not None and plan.step >= self.config.discriminator.start_step
 
     def end_step(self, plan: StepPlan, keep: Tensor) -> None:
         config = self.config.discriminator
-        if config and self._plays(plan):
+        if self.discriminator and config and self._plays(plan):
             optim.step(self._optimizer, plan.learning_rate * config.learning_rate_factor, 1.0 - keep)
+            for buffer, before in zip(self.discriminator.buffers(), self._buffers_before, strict=True):
+                buffer.copy_(torch.where(keep > 0, buffer, before))
         if self.codebook:
             moved = self.codebook.moves_codes(plan.step)
             codes = self.module.codes_KC.detach()

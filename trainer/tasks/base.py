@@ -1,6 +1,7 @@
 """What the trainer asks of a task. The trainer knows when; a task knows what a step is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 from torch import Tensor, nn
 
@@ -30,6 +31,17 @@ class Task(ABC):
             UserError: naming the field.
         """
 
+    def check_warm_start(self, loaded: Collection[str]) -> None:  # noqa: B027
+        """Refuse weights of `init_from` that leave fresh what must not be. `loaded`: names of the module's tensors.
+
+        Raises:
+            UserError: naming the field.
+        """
+
+    def begins_another_loss(self, plan: StepPlan) -> bool:
+        """Whether within a phase the loss has another range from this step on, so that none before is its measure."""
+        return False
+
     def begin_step(self, plan: StepPlan) -> None:  # noqa: B027
         """Before the first of a step's micro-batches."""
 
@@ -47,7 +59,8 @@ class Task(ABC):
         return None
 
     def end_step(self, plan: StepPlan, keep: Tensor) -> None:  # noqa: B027
-        """After a step, on all ranks. `keep`: 1.0 where it counts, 0.0 where it was refused, on the device."""
+        """After the optimizer's step and before the average's, on all ranks. `keep`: 1.0 where the step counts, 0.0 where it
+        was refused, on the device."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside the module, written and read in place; equal on all ranks, or sharded."""

@@ -24,7 +24,7 @@ from trainer.parallel.apply import autocast, reshard
 from trainer.rng import normal, spread_uniform, uniform, uniforms
 from trainer.step_plan import StepPlan
 from trainer.tasks.base import Task
-from trainer.tensors import pixels_to_images
+from trainer.tensors import images_to_pixels, pixels_to_images
 
 FEW_INSIDE = 0.01
 """A gate that lets through a smaller share of samples is warned of."""
@@ -238,5 +238,4 @@ class LatentDiffusionTask(Task):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), uint8."""
-        images = self.codec.decode(latents)
-        return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return images_to_pixels(self.codec.decode(latents))

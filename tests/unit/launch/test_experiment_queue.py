@@ -82,6 +82,20 @@ def test_no_more_at_a_time_than_workers_and_in_order(tmp_path: Path) -> None:
     assert {note.partition(":")[0] for note in notes[:2]} == {"job0", "job1"}
 
 
+def test_a_job_of_two_cores_runs_alone_and_none_passes_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = f'echo "+$OMP_NUM_THREADS" >> {log}; sleep 0.2; echo - >> {log}; touch "$0"'
+    jobs = [job(tmp_path, name, script) for name in ("one", "wide", "two", "three")]
+    jobs[1].cores = 2
+    assert Queue(jobs, workers=2, watcher=Notes()).left_s() == pytest.approx(5 / 2), "it counts twice"
+    complete, _, _ = run(jobs)
+    assert complete
+    assert log.read_text().split() == ["+1", "-", "+2", "-", "+1", "+1", "-", "-"]
+    wider = job(tmp_path, "wider")
+    wider.cores = 8
+    assert run([wider])[0], "a job that wants more cores than there are gets these"
+
+
 def test_a_signal_lets_what_runs_save_and_starts_nothing_more(tmp_path: Path) -> None:
     """As the trainer does: SIGTERM, save, code 75; the same jobs go on later."""
     saved = tmp_path / "saved"

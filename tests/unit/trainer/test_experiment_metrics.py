@@ -10,9 +10,9 @@ from torch import nn
 
 from data.images import read_image
 from trainer.errors import UserError
-from trainer.experiments import metrics
-from trainer.experiments.efficientnet import EfficientNetLite0, SamePadConv, features_of, load_efficientnet_lite0
+from trainer.evaluate import metrics
 from trainer.experiments.results import BY_NAME, LEVELS, METRICS, Comparison, Results, Spread
+from trainer.models.efficientnet import EfficientNetLite0, SamePadConv, features_of, load_efficientnet_lite0
 
 WEIGHTS = "data/efficientnet_lite0/efficientnet-lite0-57934424.pth"
 
@@ -162,7 +162,7 @@ def test_other_weights_are_refused(tmp_path: Path, content: dict[str, torch.Tens
     path = tmp_path / "weights.pth"
     if content is not None:
         torch.save(content, path)
-    with pytest.raises(UserError, match=r"--features-weights .*weights\.pth"):
+    with pytest.raises(UserError, match=r"--features-weights: .*weights\.pth"):
         load_efficientnet_lite0(str(path))
 
 

