@@ -34,7 +34,14 @@ lpips: setup ## fetch LPIPS's weights (shift-tolerant AlexNet, BSD-2) into model
 
 demo-autoencoder: setup ## train the shipped autoencoder again and put it in its place (LPIPS=FILE: weights that are there)
 	$(if $(LPIPS),,$(PY) -m ops.fetch_lpips)
-	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --cpu --fresh $(if $(LPIPS),--set task.lpips.url=$(LPIPS))
+	@# from scratch by L1 + KL; then LPIPS and the discriminator
+	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --cpu --fresh --run-dir runs/demo_autoencoder_begun \
+	  --set init_from=null --set task.lpips=null --set task.discriminator=null --set optim.betas='[0.9, 0.99]' \
+	  --set optim.warmup_steps=100 --set phases.train.steps=2000 --set phases.settle.steps=500 \
+	  --set phases.train.learning_rate=1e-3 --set phases.settle.learning_rate=2e-4 \
+	  --set phases.train.ema_decay=0.995 --set phases.settle.ema_decay=0.995 --set reconstructions.every_steps=500
+	$(PY) launch/slurm.py demo_autoencoder --cluster local --gpus-per-node 2 --cpu --fresh \
+	  --set init_from.url=runs/demo_autoencoder_begun $(if $(LPIPS),--set task.lpips.url=$(LPIPS))
 	$(BIN)/loupe export runs/demo_autoencoder trainer/assets/demo_autoencoder
 
 test: setup ## all tests (under 15 minutes on two cores)

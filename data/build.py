@@ -212,7 +212,7 @@ def _check_free(storage: Storage, source: Path, overwrite: bool) -> None:
             raise UserError(f"{storage.url}: overlaps the source {source}; name a folder elsewhere")
         if out.exists() and not out.is_dir():
             raise UserError(f"{storage.url}: is a file; name a folder")
-    names = _names(storage)
+    names = file_names(storage)
     if not names:
         return
     if INDEX not in names and DATASET not in names:
@@ -223,7 +223,7 @@ def _check_free(storage: Storage, source: Path, overwrite: bool) -> None:
         )
 
 
-def _names(storage: Storage) -> list[str]:
+def file_names(storage: Storage) -> list[str]:
     storage.fs.invalidate_cache()
     try:
         return [os.path.basename(path.rstrip("/")) for path in storage.fs.ls(storage.root, detail=False)]
@@ -282,7 +282,7 @@ def _publish_local(folder: Path, out: Path, overwrite: bool) -> None:
 
 def _upload(folder: Path, storage: Storage) -> None:
     """Shards first, `dataset.json` last; what opens the old dataset is removed before its shards are replaced."""
-    old = _names(storage)
+    old = file_names(storage)
     for name in (DATASET, INDEX):
         if name in old:
             storage.fs.rm_file(storage.path(name))

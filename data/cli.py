@@ -1,6 +1,5 @@
 """`loupe data`: build a dataset and verify one."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -107,14 +106,14 @@ def build(
 
 @cli.command()
 @click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SOURCE...")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @click.option(
     "--heldout", type=click.IntRange(1), default=96, show_default=True, help="Images to hold out, of all folders."
 )
 @click.option("--size", type=click.IntRange(8, 16384), help="Shrink so that the shorter side is this, in pixels.")
 @click.option("--overwrite", is_flag=True, help="Replace the datasets at OUT.")
-def split(sources: tuple[Path, ...], out: Path, heldout: int, size: int | None, overwrite: bool) -> None:
-    """Build datasets in the folder OUT from folders of images: one of each to train on, and one of images held out.
+def split(sources: tuple[Path, ...], out: str, heldout: int, size: int | None, overwrite: bool) -> None:
+    """Build datasets in the folder or URL OUT from folders of images: one of each to train on, and one of images held out.
 
     \b
     OUT/train/NAME     a dataset for each SOURCE, by its folder's name
@@ -127,22 +126,23 @@ def split(sources: tuple[Path, ...], out: Path, heldout: int, size: int | None, 
     Examples:
 
     \b
-      loupe data split photos runs/photos --heldout 96
+      loupe data split photos runs/photos-split --heldout 64 --size 160
       loupe data split products satellite runs/both --heldout 500 --size 512
     """
     from data.build import build as build_dataset
     from data.schema import Resize
     from data.source import open_source
-    from data.split import source_names
+    from data.split import claim, source_names, write_summary
     from data.split import split as split_sources
 
     console = Console(stderr=True)
     found = [open_source(source) for source in sources]
     training, held, twins = split_sources(found, heldout)
+    claim(out, source_names(found), overwrite=overwrite)
     resize = Resize(short_side=size, quality=90 if size else None)
     rows: dict[str, dict[str, object]] = {}
     for name, source in [*zip(source_names(found), training, strict=True), ("", held)]:
-        target = str(out / "train" / name if name else out / "heldout")
+        target = f"{out}/train/{name}" if name else f"{out}/heldout"
         with _progress(console) as progress:
             task = progress.add_task(f"building {name or 'heldout'}", total=len(source.entries))
             built = build_dataset(
@@ -152,13 +152,14 @@ def split(sources: tuple[Path, ...], out: Path, heldout: int, size: int | None, 
         click.echo(
             f"{target}: {_count(built.info.num_samples, 'sample')}, {_count(len(built.rejected), 'image')} rejected"
         )
+        _list([f"{r.file_name}: {r.reason}: {r.detail}" for r in built.rejected], f"{target}/rejected.jsonl")
         if name:
             rows[name] = {"images": built.info.num_samples}
         else:
             whole = {"heldout": built.info.num_samples, "train": rows, "twins": twins}
     if twins:
         click.echo(f"left out: {_count(twins, 'image')} equal to one held out")
-    (out / "split.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_summary(out, whole)
 
 
 @cli.command()
@@ -196,8 +197,9 @@ def verify(dataset: str, cache_dir: str | None) -> None:
 
 
 def _progress(console: Console) -> Progress:
+    # disabled where nobody watches: rich would leave an empty line there
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    console=console, transient=True)  # fmt: skip
+                    console=console, transient=True, disable=not console.is_terminal)  # fmt: skip
 
 
 def _list(lines: list[str], rest_in: str | None) -> None:

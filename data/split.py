@@ -1,16 +1,22 @@
 """Which images of some folders are held out: the same ones whenever it is asked, whoever asks, and none that is trained on."""
 
 import hashlib
+import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from data.build import file_names
 from data.source import Entry, Source
+from data.storage import Storage
 from trainer.errors import UserError
 
 MAX_SHARE = 0.5
 """Of a folder, that may be held out."""
+SUMMARY = "split.json"
 
 
 def split(sources: Sequence[Source], num_heldout: int) -> tuple[list[Source], Source, int]:
@@ -81,6 +87,33 @@ def source_names(sources: Sequence[Source]) -> list[str]:
             name, number = f"{plain}-{number}", number + 1
         names.append(name)
     return names
+
+
+def claim(out: str, names: Sequence[str], *, overwrite: bool) -> None:
+    """Before anything is built at `out`, a folder or URL that will hold `heldout` and `train/NAME`. An earlier summary goes.
+
+    Raises:
+        UserError: a split is there and may not be replaced, or it has a dataset that this one would leave as it is: of images
+            that may now be held out.
+    """
+    storage = Storage(out)
+    present = set(file_names(storage))
+    if present & {SUMMARY, "heldout", "train"} and not overwrite:
+        raise UserError(f"{out}: holds a split already; add --overwrite to replace it, or name another folder")
+    built = {name for name in file_names(Storage(f"{out}/train")) if not name.startswith(".")}
+    if others := sorted(built - set(names)):
+        raise UserError(f"{out}/train/{others[0]}: of another split, and may have images that this one holds out; remove "
+                        "it, or name another folder")  # fmt: skip
+    if SUMMARY in present:
+        storage.fs.rm_file(storage.path(SUMMARY))
+
+
+def write_summary(out: str, summary: dict[str, Any]) -> None:
+    """When the datasets are there."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / SUMMARY
+        file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        Storage(out).put(file, SUMMARY)
 
 
 def _digest(data: bytes) -> bytes:

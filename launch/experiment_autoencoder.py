@@ -61,7 +61,7 @@ LEFT_OUT_CEILING = {"ceiling": "it needs --ceiling-codec"}
     "--out", default="runs/experiment-autoencoder", metavar="FOLDER", help="Of the runs; what is done stays done."
 )
 @click.option("--report", "report_dir", default=None, metavar="FOLDER", help="Of the report; [default: OUT/report]")
-@click.option("--workers", type=click.IntRange(1), default=2, help="Cores; a long run takes two, the others one each.")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Cores; each run takes one.")
 @click.option(
     "--steps", type=click.IntRange(2), help=f"Of the two long runs at full resolution; [default: {FULL.steps}]"
 )

@@ -9,25 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch import snapshot
+from launch.inputs import check_local, inputs
 from trainer import recipes
-from trainer.config import (
-    CODE_ROOT,
-    AutoencoderConfig,
-    LPIPSConfig,
-    PerceptualConfig,
-    ReconstructionsConfig,
-    RunConfig,
-    check_layout,
-    resolve_url,
-)
+from trainer.config import CODE_ROOT, RunConfig, check_layout
 from trainer.config_text import with_overrides
 from trainer.errors import UserError, one_line
 from trainer.phases import Schedule
@@ -145,66 +136,8 @@ def load_config(recipe: str, overrides: Sequence[str]) -> RunConfig:
     config = with_overrides(recipes.load(recipe), overrides)
     return with_overrides(
         config,
-        [f"{field}={json.dumps(os.path.abspath(url))}" for field, url, _ in _inputs(config) if "://" not in url],
+        [f"{field}={json.dumps(os.path.abspath(url))}" for field, url, _ in inputs(config) if "://" not in url],
     )
-
-
-def _inputs(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(field, URL, files of which it holds one) of all that a run reads."""
-    for name, dataset in config.data.datasets.items():
-        yield f"data.datasets.{name}.url", dataset.url, ("index.json",)
-    if config.task.kind == "latent_diffusion":
-        yield "task.codec.url", config.task.codec.url, ("config.json",)
-        if config.task.text.kind == "frozen":
-            for i, encoder in enumerate(config.task.text.encoders):
-                weights = f"{encoder.weights_folder}/config.json".lstrip("/")
-                yield f"task.text.encoders.{i}.url", encoder.url, (weights,)
-        if any(phase.perceptual for phase in config.phases):
-            yield from _perceptual_inputs(config.task.perceptual)
-    if config.task.kind == "latent_network":
-        yield "task.codec.url", config.task.codec.url, ("config.json",)
-    if config.task.kind == "autoencoder":
-        yield from _autoencoder_inputs(config.task)
-    if config.reconstructions:
-        yield from _reconstructions_inputs(config.reconstructions)
-    if config.init_from:
-        yield "init_from.url", config.init_from.url, ()
-
-
-def _perceptual_inputs(config: PerceptualConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    match config.kind:
-        case "lpl" if config.decoder_url:
-            yield "task.perceptual.decoder_url", config.decoder_url, ("config.json",)
-        case "reweighting" if config.of.decoder_url and config.variance_ratio is None:
-            yield "task.perceptual.of.decoder_url", config.of.decoder_url, ("config.json",)
-        case "latent_lpips":
-            yield "task.perceptual.url", config.url, ("config.json", "model.safetensors")
-        case "image_space":
-            yield from _lpips_inputs("task.perceptual.lpips", config.lpips)
-
-
-def _autoencoder_inputs(config: AutoencoderConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    if config.lpips:
-        yield from _lpips_inputs("task.lpips", config.lpips)
-    if config.teacher:
-        yield "task.teacher.url", config.teacher.url, ("config.json",)
-    if config.image_space and (config.image_space.decoded_weight or config.image_space.input_weight):
-        yield from _lpips_inputs("task.image_space.lpips", config.image_space.lpips)
-
-
-def _reconstructions_inputs(config: ReconstructionsConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    if config.dataset:
-        yield "reconstructions.dataset.url", config.dataset.url, ("index.json",)
-    if config.features_url is not None:
-        yield "reconstructions.features_url", config.features_url, ()
-    if config.lpips:
-        yield from _lpips_inputs("reconstructions.lpips", config.lpips)
-
-
-def _lpips_inputs(section: str, config: LPIPSConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    for field, url in (("url", config.url), ("heads_url", config.heads_url)):
-        if url is not None:
-            yield f"{section}.{field}", url, ()
 
 
 def check(spec: JobSpec, config: RunConfig) -> None:
@@ -215,9 +148,9 @@ def check(spec: JobSpec, config: RunConfig) -> None:
     """
     check_layout(config, spec.world_size)
     missing: list[UserError] = []
-    for field, url, files in _inputs(config):
+    for field, url, files in inputs(config):
         try:
-            _check_local(field, url, files)
+            check_local(field, url, files)
         except UserError as e:
             missing.append(e)
     if missing:
@@ -227,30 +160,6 @@ def check(spec: JobSpec, config: RunConfig) -> None:
     if spec.rehearse_preemption is not None and not 0 < spec.rehearse_preemption < total_steps:
         raise UserError(f"--rehearse-preemption {spec.rehearse_preemption}: the run has {total_steps} steps; "
                         f"take 1 to {total_steps - 1}")  # fmt: skip
-
-
-def _check_local(field: str, url: str, files: tuple[str, ...]) -> None:
-    path = resolve_url(url).removeprefix("file://")
-    if "://" in path:
-        return
-    if not files and not os.path.exists(path):
-        mend = "give a run folder, a checkpoint or weights in safetensors"
-        if field != "init_from.url":
-            mend = f"put the weights there, or --set {field}=..."
-        raise UserError(f"{field}: no {url}; {mend}")
-    if files and not os.path.isdir(path):
-        raise UserError(f"{field}: no folder {url}; put it there, or --set {field}=...")
-    for file in files:
-        if not os.path.isfile(os.path.join(path, file)):
-            hint = "; name subfolders with weights_folder and tokenizer_folder" if "encoders" in field else ""
-            writer = "`loupe data build` or diffusers writes"
-            if field == "task.perceptual.url":
-                writer = "`loupe export` writes of a run of the latent_network task"
-            raise UserError(f"{field}: {url} has no {file}; it is not what {writer}{hint}")
-    if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
-        raise UserError(
-            f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------ the run folder

@@ -109,11 +109,14 @@ def _cut_autoencoder(run: RunConfig, task: AutoencoderConfig, root: Path) -> Run
     image_space = task.image_space and replace(task.image_space, lpips=_cut_lpips(task.image_space.lpips, root))
     assert run.reconstructions is not None
     lpips, heldout = run.reconstructions.lpips, run.reconstructions.dataset
+    # one that begins with the shipped weights is small already
+    shipped = run.init_from is not None and run.init_from.url.startswith("repo://")
+    init_from = run.init_from and replace(run.init_from, url=str(root / "sd-vae"))
     return replace(
         run,
         task=replace(
-            task, model=replace(cut_autoencoder_model(task.model), **codebook), teacher=teacher, image_space=image_space,
-            lpips=task.lpips and _cut_lpips(task.lpips, root),
+            task, model=task.model if shipped else replace(cut_autoencoder_model(task.model), **codebook), teacher=teacher,
+            image_space=image_space, lpips=task.lpips and _cut_lpips(task.lpips, root),
             discriminator=task.discriminator and replace(task.discriminator, start_step=1, width=4),
         ),
         data=replace(run.data, datasets={name: {"url": EMOJI} for name in run.data.datasets}, num_workers=0),
@@ -121,7 +124,7 @@ def _cut_autoencoder(run: RunConfig, task: AutoencoderConfig, root: Path) -> Run
             replace(phase, steps=n, resolution=_cut_resolution(phase.resolution), batch_size=4)
             for phase, n in zip(run.phases, steps, strict=True)
         ),
-        init_from=run.init_from and replace(run.init_from, url=str(root / "sd-vae")),
+        init_from=run.init_from if shipped else init_from,
         optim=replace(run.optim, warmup_steps=1),
         metrics=replace(run.metrics, every_steps=1),
         reconstructions=replace(

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
-from data.images import read_image
+from data.images import ImageError, read_image
 from data.reader import open_dataset
 from data.schema import Sample
 from data.transforms import training_image
@@ -27,7 +27,9 @@ from trainer.ema import EMA
 from trainer.errors import UserError
 from trainer.export_check import difference_to_diffusers, read_by_diffusers
 from trainer.models.autoencoders import Codec, load_codec
-from trainer.models.codec_files import meta_autoencoder
+from trainer.models.codec_files import CONFIG_FILE, meta_autoencoder
+from trainer.models.codec_files import WEIGHTS_FILE as AUTOENCODER_FILE
+from trainer.models.latent_network_files import WEIGHTS_FILE as NETWORK_FILE
 from trainer.models.latent_network_files import LatentNetworkInfo, write_latent_network
 from trainer.models.reconstruction import Reconstruction
 from trainer.run_folder import CHECKPOINTS, CONFIG, RunFolder
@@ -36,6 +38,8 @@ from trainer.tasks.latent_network import LatentNetworkTask
 from trainer.tensors import pixels_to_images
 
 LATENTS_FILE = "latents.json"
+_WRITTEN = {CONFIG_FILE, AUTOENCODER_FILE, NETWORK_FILE, LATENTS_FILE}
+"""Files of an earlier export, in whose place a new one comes."""
 _STATISTICS_SAMPLES, _STATISTICS_PIXELS = 512, 512 * 128 * 128
 """Images that are encoded at most, and their pixels: of large images fewer say as much."""
 _BATCH_PIXELS = 64 * 64 * 64
@@ -76,6 +80,11 @@ def usage(run_dir: str, out: str) -> list[str]:
     fields = f"latent_channels: {codec.latent_channels}, downsampling: {codec.downsampling}"
     lines = [f"for stage 2: --set 'task.codec={{url: {where}, {fields}}}'"]
     if config.task.kind == "autoencoder" and config.task.trained == "decoder":
+        if config.init_from and _has_no_scale(resolve_url(config.init_from.url).rstrip("/")):
+            lines.append(
+                "it began with a run, beside whose weights there is no scale: unless --scale-of gave one, scale and shift were "
+                "measured anew, and a stage 2 that is there already needs those of its own codec"
+            )
         lines.append(
             f"its decoder for LPL alone, beside the codec whose latents it shares: --set task.perceptual.decoder_url={where}"
         )
@@ -184,9 +193,9 @@ def _given_scale(config: RunConfig, scale_of: str | None) -> tuple[float, float]
     assert config.task.kind == "autoencoder"
     url, field = scale_of, "--scale-of"
     if url is None and config.task.trained == "decoder" and config.init_from:
-        url, field = resolve_url(config.init_from.url), "init_from.url"
-        if url.endswith(".safetensors") or RunFolder(url).exists(CONFIG) or NAME.fullmatch(url.rpartition("/")[2]):
-            return None  # weights that no scale is beside
+        url, field = resolve_url(config.init_from.url).rstrip("/"), "init_from.url"
+        if _has_no_scale(url):
+            return None
     if url is None:
         return None
     try:
@@ -201,12 +210,24 @@ def _given_scale(config: RunConfig, scale_of: str | None) -> tuple[float, float]
     return codec.shift_factor, codec.scaling_factor
 
 
+def _has_no_scale(url: str) -> bool:
+    """Whether weights lie there alone: a file of them, a run, or a checkpoint."""
+    return (
+        url.endswith(".safetensors")
+        or RunFolder(url).exists(CONFIG)
+        or NAME.fullmatch(url.rpartition("/")[2]) is not None
+    )
+
+
 def _target(out: str) -> Path:
     if "://" in out:
         raise UserError(f"{out}: exports are written to a folder of this machine; give a path, and copy it from there")
     target = Path(out)
-    if target.exists() and not (target / "config.json").is_file():
+    if target.exists() and not (target / CONFIG_FILE).is_file():
         raise UserError(f"{out}: exists and is not what an export writes; give another")
+    foreign = sorted({path.name for path in target.iterdir()} - _WRITTEN) if target.exists() else []
+    if foreign:
+        raise UserError(f"{out}: holds {foreign[0]}, which no export writes and replacing it would lose; give another")
     return target
 
 
@@ -274,14 +295,29 @@ def _put_in_place(target: Path, write: Callable[[Path], T]) -> T:
 
 
 def _pixels(config: RunConfig) -> tuple[Tensor, list[Sample]]:
-    """Up to 512 images of the run's first dataset, spread over it, uint8 (N, 3, H, W); and their rows."""
+    """Up to 512 images of the run's first dataset, spread over it, uint8 (N, 3, H, W); and their rows. Unreadable ones, which
+    training has counted, are passed over.
+
+    Raises:
+        UserError: none can be read.
+    """
     name, d = next(iter(config.data.datasets.items()))
     dataset = open_dataset(resolve_url(d.url), name=name, max_samples=d.max_samples, cache_dir=config.data.cache_dir)
     resolution = config.phases[-1].resolution
     count = min(_STATISTICS_SAMPLES, max(1, _STATISTICS_PIXELS // resolution**2), dataset.num_samples)
-    samples = [dataset.read(i * dataset.num_samples // count) for i in range(count)]
-    pixels = [training_image(read_image(sample.image, min_side=resolution), resolution) for sample in samples]
-    return torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pixels]), samples
+    samples, pixels = [], []
+    for i in range(count):
+        sample = dataset.read(i * dataset.num_samples // count)
+        try:
+            image = read_image(sample.image, min_side=resolution)
+        except ImageError:
+            continue
+        samples.append(sample)
+        pixels.append(torch.from_numpy(training_image(image, resolution)).permute(2, 0, 1))
+    if not pixels:
+        raise UserError(f"data.datasets.{name}: none of {count} images can be read, and scale and shift are measured on "
+                        "them; look at it with `loupe data verify`")  # fmt: skip
+    return torch.stack(pixels), samples
 
 
 # ------------------------------------------------------------------------------------------------------- what is measured

@@ -391,7 +391,7 @@ class Trainer:
 
     def _warm_start(self, config: InitFromConfig) -> None:
         report = warm_start(self.task.module, self.ema, config, self.world)
-        self.task.check_warm_start(report.loaded)
+        self.task.after_warm_start(report.loaded)
         self.progress.init_from = report.source
         for line in report.lines():
             self.reports.note(line)

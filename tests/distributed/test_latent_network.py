@@ -218,17 +218,17 @@ def test_configs_that_cannot_be(setting, message) -> None:
 
 
 def test_a_submission_wants_the_network_there(tmp_path) -> None:
-    from launch.job import _check_local, _inputs
+    from launch.inputs import check_local, inputs
 
     given = tiny("task.perceptual={kind: latent_lpips, url: nowhere}")
-    fields = {field: (url, files) for field, url, files in _inputs(given)}
+    fields = {field: (url, files) for field, url, files in inputs(given)}
     assert fields["task.perceptual.url"] == ("nowhere", ("config.json", "model.safetensors"))
     with pytest.raises(UserError, match=r"task\.perceptual\.url: no folder"):
-        _check_local("task.perceptual.url", str(tmp_path / "nowhere"), fields["task.perceptual.url"][1])
+        check_local("task.perceptual.url", str(tmp_path / "nowhere"), fields["task.perceptual.url"][1])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no model\.safetensors; it is not what `loupe export` writes"):
-        _check_local("task.perceptual.url", str(tmp_path), fields["task.perceptual.url"][1])
+        check_local("task.perceptual.url", str(tmp_path), fields["task.perceptual.url"][1])
     without = tiny("task.perceptual={kind: latent_lpips, url: nowhere}", "phases.perceptual.perceptual=null")
-    assert "task.perceptual.url" not in {field for field, *_ in _inputs(without)}
-    own = {field: url for field, url, _ in _inputs(small("data"))}
+    assert "task.perceptual.url" not in {field for field, *_ in inputs(without)}
+    own = {field: url for field, url, _ in inputs(small("data"))}
     assert own["task.codec.url"] == "repo://trainer/assets/demo_autoencoder"

@@ -95,6 +95,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
                 "phases.train.batch_size=4",
                 "phases.settle.batch_size=4",
                 "task.lpips=null",
+                "task.discriminator=null",
+                "init_from=null",
                 "reconstructions=null",
             ],
         )

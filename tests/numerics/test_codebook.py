@@ -176,6 +176,20 @@ def test_a_code_that_is_no_longer_chosen_stays_where_it_is(alone: Any) -> None:
     torch.testing.assert_close(codes, torch.tensor([[-2.0], [3.25]]))
 
 
+def test_codes_that_are_given_are_as_if_chosen_before(alone: Any) -> None:
+    """A step moves them by a step's share, and not to the mean of its own few latents."""
+    state = CodebookState(CodebookConfig(size=2, update="ema", ema_decay=0.9), 1, CPU)
+    codes = torch.tensor([[-1.0], [5.0]])
+    state.begin_with(codes, 4.0)
+    codes = one_step(state, codes, 0, torch.tensor([-2.0, -3.0, -2.5, -0.5]).view(4, 1, 1, 1), WHOLE)
+    torch.testing.assert_close(codes, torch.tensor([[(0.9 * 4 * -1.0 + 0.1 * -8.0) / 4.0], [5.0]]))
+    torch.testing.assert_close(state.counts_K, torch.tensor([4.0, 3.6]))
+    assert state.terms()["codebook_usage"] == 0.5
+    frozen = CodebookState(CodebookConfig(size=2, update="ema"), 1, CPU, frozen=True)
+    frozen.begin_with(codes, 4.0)
+    assert torch.equal(one_step(frozen, codes, 0, torch.zeros(4, 1, 1, 1), WHOLE), codes)
+
+
 # ------------------------------------------------------------------------------------------------------------ dead codes
 
 UPDATES = ["gradient", "ema"]

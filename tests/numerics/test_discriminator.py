@@ -1,5 +1,6 @@
 """The PatchGAN against pix2pix's, layer by layer; what a logit sees; its norms, on one rank and two."""
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -212,6 +213,7 @@ def on_two_ranks(world: Any) -> list[tuple[Tensor, ...]]:
     """Batch norm in float32 and bf16; the whole discriminator with its gradients."""
     discriminator = build(num_layers=2)
     images = pictures(32, count=4)[2 * world.rank : 2 * world.rank + 2].requires_grad_()
+    warnings.simplefilter("error")  # each line of one would be in every rank's log
     loss = discriminator(images).square().sum()
     of_images, *gradients = torch.autograd.grad(loss, [images, *discriminator.parameters()])
     for gradient in gradients:

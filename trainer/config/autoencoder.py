@@ -86,7 +86,7 @@ class CodebookConfig(Section):
     """Of the running counts; with `update: ema` of the codes too."""
     restart_below: NonNegativeFloat = 0.0
     """Codes that are chosen less often than this, by running count a step, are dead: they begin again at a latent of the
-    current batch. 0: none do."""
+    current batch. 0: none do. Counts begin at 0: at step n they are 1 - ema_decay^n of what they will be."""
     restart_every_steps: PositiveInt = 100
 
 
@@ -229,6 +229,11 @@ class AutoencoderConfig(Section):
                              "model.codebook.commitment_weight is what keeps its latents near")  # fmt: skip
         if self.consistency and self.consistency.lpips_weight and not self.lpips:
             raise ValueError("consistency.lpips_weight: needs the network of task.lpips; set it, or the weight to 0")
+        compared = self.pixel_weight or (self.lpips and self.lpips_weight) or self.consistency
+        if self.reconstructs == "images" and not (compared or self.discriminator or self.image_space):
+            raise ValueError(
+                "pixel_weight, lpips, discriminator: nothing compares reconstructions; give one of them a weight"
+            )
         if self.reconstructs == "latents":
             self._check_second_stage()
         elif self.teacher and not (self.image_space or self.consistency):

@@ -76,6 +76,14 @@ class CodebookState:
         self._candidates_KC = torch.zeros(size if self._restart_below else 0, channels, device=device)
         self._restarts = torch.zeros((), device=device)
 
+    @torch.no_grad()
+    def begin_with(self, codes_KC: Tensor, count: float) -> None:
+        """Codes that something has trained before: running means go on as if each had been chosen `count` times a step. From
+        no count at all, the first step would put its own few latents' mean in their place."""
+        self.counts_K.fill_(count)
+        if self._is_mean:
+            self.sums_KC.copy_(count * codes_KC)
+
     def state_tensors(self) -> dict[str, Tensor]:
         return {"chosen": self.chosen_K, "counts": self.counts_K, "sums": self.sums_KC, "restarts": self._restarts}
 

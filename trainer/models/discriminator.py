@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -65,6 +64,29 @@ def _conv(config: DiscriminatorConfig, before: int, width: int, *, stride: int, 
     return spectral_norm(conv) if config.norm == "spectral" else conv
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Each rank's sum is every rank's, so what one adds to the loss comes back from all. torch's own is deprecated, and says so
+    in every rank's log."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """Sum over all ranks, with its gradient. A collective, in the backward pass too."""
+    total: Tensor = _SumOverRanks.apply(x)
+    return total
+
+
 class BatchNorm(nn.Module):
     """By the batch's own mean and variance, over all ranks, so that a batch is one however it is laid out over them.
 
@@ -82,8 +104,8 @@ class BatchNorm(nn.Module):
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         # ranks have equally many pixels; the mean first, as a difference of squares would lose digits
-        mean_C = all_reduce(x.mean((0, 2, 3))) / dist.get_world_size()
+        mean_C = over_ranks(x.mean((0, 2, 3))) / dist.get_world_size()
         centred = x - mean_C[:, None, None]
-        variance_C = all_reduce(centred.square().mean((0, 2, 3))) / dist.get_world_size()
+        variance_C = over_ranks(centred.square().mean((0, 2, 3))) / dist.get_world_size()
         scale_C = self.weight * torch.rsqrt(variance_C + self.eps)
         return centred * scale_C[:, None, None] + self.bias[:, None, None]

@@ -89,8 +89,8 @@ class Size:
     lpl_batch_size: int = 16
     grid: int = 8
     """Held-out images shown."""
-    threads: int = 2
-    """Of a long run; the others have one."""
+    threads: int = 1
+    """Of a long run, and cores that it takes; two runs of one thread each wait less than one of two."""
 
     @property
     def downsampling(self) -> int:
@@ -217,7 +217,7 @@ def config_of(variant: Variant, size: Size, photos: Photos, *, lpips_weights: st
 
 
 def kl(size: Size, photos: Photos, lpips_weights: str | None) -> RunConfig:
-    """f8, 4 channels, diffusers' `AutoencoderKL`: L1 + LPIPS + PatchGAN from half of the steps + a weak KL penalty.
+    """f8, 4 channels, diffusers' `AutoencoderKL`: L1 + LPIPS + PatchGAN from 60 % of the steps + a weak KL penalty.
 
     `loupe experiment autoencoder --photos FOLDER --only kl --features-weights FILE --lpips-weights FILE`, on two CPU cores;
     minutes and PSNR: docs/experiments/autoencoder.md, whose first table is this run's.

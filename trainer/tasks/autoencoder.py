@@ -48,7 +48,7 @@ class AutoencoderTask(Task):
         self.image_space: ImageSpaceTerms | None = None
         if config.image_space:
             assert self.teacher is not None
-            self.image_space = ImageSpaceTerms(config.image_space, self.teacher, "task.image_space.lpips").to(device)
+            self.image_space = ImageSpaceTerms(config.image_space, self.teacher, "task.image_space").to(device)
         self.codebook: CodebookState | None = None
         if config.model.kind == "vq":
             frozen = config.trained != "all"
@@ -106,14 +106,18 @@ class AutoencoderTask(Task):
         wanted = self.config.outliers.maps if self.config.outliers else None
         return [i for i, name in enumerate(self.config.model.decoder_maps) if wanted is None or name in wanted]
 
-    def check_warm_start(self, loaded: Collection[str]) -> None:
-        """What is not trained must have been loaded."""
+    def after_warm_start(self, loaded: Collection[str]) -> None:
+        """What is not trained must have been loaded; loaded codes are where their running means begin."""
         lost = sorted(set(self.module.given_names()) - set(loaded))
         if lost:
             raise UserError(
                 f"task.trained: {self.config.trained}, and init_from gave nothing for {lost[0]} ({len(lost)} such), which "
                 "would stay as it was drawn at random; take it in with init_from.include, or from weights that have it"
             )
+        if self.codebook and any(name.endswith("quantize.embedding.weight") for name in loaded):
+            phase = self._run.phases[0]
+            latent_pixels = phase.batch_size * (phase.resolution // self.config.model.downsampling) ** 2
+            self.codebook.begin_with(full(self.module.codes_KC.detach()), latent_pixels / self.codebook.config.size)
 
     # -------------------------------------------------------------------------------------------------------- training
 

@@ -31,8 +31,9 @@ class Task(ABC):
             UserError: naming the field.
         """
 
-    def check_warm_start(self, loaded: Collection[str]) -> None:  # noqa: B027
-        """Refuse weights of `init_from` that leave fresh what must not be. `loaded`: names of the module's tensors.
+    def after_warm_start(self, loaded: Collection[str]) -> None:  # noqa: B027
+        """Refuse weights of `init_from` that leave fresh what must not be; begin what goes with those that are there. On all
+        ranks. `loaded`: names of the module's tensors.
 
         Raises:
             UserError: naming the field.

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,3 +93,36 @@ def test_the_command_builds_datasets(tmp_path: Path, capsys: pytest.CaptureFixtu
     notices = {path.name: path.read_text() for path in (out / "heldout").glob("*LICENSE")}
     assert notices == {"few-LICENSE": "of few", "many-LICENSE": "of many"}
     assert run_command(cli, arguments, prog_name="loupe") == 2, "it is there already"
+
+
+def test_a_url_is_not_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = folder_of(tmp_path, "photos", 12)
+    arguments = ["split", str(photos), "memory://of-split", "--heldout", "4"]
+    assert run_command(cli, arguments, prog_name="loupe") == 0, capsys.readouterr()
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"], "nothing on this disk"
+    files = fsspec.filesystem("memory")
+    assert json.loads(files.cat_file("/of-split/split.json"))["heldout"] == 4
+    assert {"/of-split/heldout/index.json", "/of-split/train/photos/index.json"} <= set(files.find("/of-split"))
+
+
+def test_an_earlier_split_is_not_mixed_with_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two, out = folder_of(tmp_path, "one", 12), folder_of(tmp_path, "two", 12), tmp_path / "out"
+    assert run_command(cli, ["split", str(one), str(out), "--heldout", "4"], prog_name="loupe") == 0
+    before = sorted(str(path) for path in out.rglob("*"))
+    assert run_command(cli, ["split", str(two), str(out), "--heldout", "4"], prog_name="loupe") == 2
+    assert "holds a split already; add --overwrite" in capsys.readouterr().err
+    assert run_command(cli, ["split", str(two), str(out), "--heldout", "4", "--overwrite"], prog_name="loupe") == 2
+    assert "train/one: of another split" in capsys.readouterr().err
+    assert sorted(str(path) for path in out.rglob("*")) == before
+    assert run_command(cli, ["split", str(one), str(out), "--heldout", "3", "--overwrite"], prog_name="loupe") == 0
+    assert json.loads((out / "split.json").read_text())["heldout"] == 3
+
+
+def test_what_is_rejected_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = folder_of(tmp_path, "photos", 12)
+    (photos / "class0" / "broken.png").write_bytes(b"no image")
+    assert run_command(cli, ["split", str(photos), str(tmp_path / "out"), "--heldout", "2"], prog_name="loupe") == 0
+    assert "class0/broken.png: " in capsys.readouterr().out

@@ -56,3 +56,11 @@ def test_weights_and_features_of_an_evaluation(tmp_path: Path, monkeypatch: pyte
         check(_spec(tmp_path), config)
     (tmp_path / "features.pth").write_bytes(b"")
     check(_spec(tmp_path), config)
+
+
+def test_a_run_in_the_place_of_its_export(tmp_path: Path) -> None:
+    """The natural slip on the way to stage 2."""
+    (tmp_path / "config.yaml").write_text("name: mine\n")
+    config = load_config("demo", [f"task.codec.url={tmp_path}"])
+    with pytest.raises(UserError, match=rf"^task\.codec\.url: {tmp_path} is a run; `loupe export {tmp_path} FOLDER`"):
+        check(_spec(tmp_path), config)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.stage1 import ASYMMETRIC, GRADIENT, RUNNING_MEANS, stage1
+from tests.stage1 import ASYMMETRIC, GRADIENT, RUNNING_MEANS, stage1, write_lpips
 from trainer.config import AutoencoderConfig, InitFromConfig
 from trainer.config_text import from_yaml, to_yaml
 from trainer.ema import EMA
 from trainer.errors import UserError
+from trainer.models.autoencoders import Codec
 from trainer.models.reconstruction import Reconstruction, build_autoencoder
 from trainer.parallel.world import World
 from trainer.tasks.autoencoder import AutoencoderTask
@@ -81,6 +82,21 @@ def test_weights_that_are_not_there() -> None:
         warnings("task.lpips={network: alex, url: nowhere}")
 
 
+def test_fields_of_image_space_are_named_as_the_config_has_them(tmp_path: Path) -> None:
+    lpips = write_lpips(tmp_path).partition("=")[2]
+    teacher = Codec(module_of().autoencoder)
+
+    def warned(image_space: str) -> list[str]:
+        config = stage1(TEACHER, f"task.image_space={image_space}")
+        return AutoencoderTask(config, torch.device("cpu"), teacher=teacher).check()
+
+    assert warned(f"{{lpips: {lpips}}}") == []
+    with pytest.raises(UserError, match=r"^task\.image_space\.lpips\.url: no nowhere; give a file with LPIPS weights$"):
+        warned("{lpips: {network: alex, url: nowhere}}")
+    with pytest.raises(UserError, match=r"^task\.image_space\.resize_px: 8, .* set it to 31 or more$"):
+        warned(f"{{resize_px: 8, lpips: {lpips}}}")
+
+
 # ------------------------------------------------------------------------------------------------------- what is trained
 
 
@@ -112,6 +128,19 @@ def test_every_trained_parameter_gets_a_gradient(overrides: tuple[str, ...]) -> 
     assert without == []
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad and p.grad is not None]
     assert frozen == []
+
+
+def test_running_means_go_on_from_codes_that_were_loaded(alone: World) -> None:
+    """8 images of 8 x 8 latent pixels a step, over 32 codes."""
+    for loaded, count in (
+        (["autoencoder.quantize.embedding.weight"], 16.0),
+        (["autoencoder.encoder.conv_in.weight"], 0.0),
+    ):
+        task = AutoencoderTask(stage1(RUNNING_MEANS), torch.device("cpu"))
+        task.after_warm_start(loaded)
+        assert task.codebook is not None
+        assert torch.equal(task.codebook.counts_K, torch.full((32,), count))
+        assert torch.equal(task.codebook.sums_KC, count * task.module.codes_KC)
 
 
 def out_of_codes(overrides: tuple[str, ...]) -> bool:

@@ -224,6 +224,8 @@ def test_a_trained_decoder_keeps_the_scale_of_its_latents(tmp_path: Path) -> Non
     assert scale(str(tmp_path / "kl")) == (0.25, 0.5)
     assert scale("/no/such/folder", str(tmp_path / "kl")) == (0.25, 0.5)
     assert scale(str(tmp_path / "first")) not in {(0.25, 0.5), (1.0, 0.0)}  # a run's weights have none beside them
+    [step] = (tmp_path / "first" / "checkpoints").glob("step-*")
+    assert scale(f"{step}/") == scale(f"{tmp_path / 'first'}/") == scale(str(tmp_path / "first"))
     codec = Codec.load(str(tmp_path / "light"))
     assert isinstance(codec.vae, AsymmetricAutoencoderKL)
     with pytest.raises(UserError, match=r"init_from.url: /no/such/folder.*give --scale-of FOLDER"):
@@ -325,6 +327,11 @@ def test_folders_that_are_no_run_or_no_export(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="exists and is not what an export writes"):
         export_autoencoder(str(run), str(tmp_path / "mine"))
+    for name in ("config.json", "notes.txt"):  # another model's folder, as others keep it
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"holds notes\.txt, which no export writes and replacing it would lose"):
+        export_autoencoder(str(run), str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "notes.txt").exists()
     with pytest.raises(UserError, match="s3://bucket/x: exports are written to a folder of this machine"):
         export_autoencoder(str(run), "s3://bucket/x")
     (run / "config.yaml").write_text(to_yaml(stage1(GRADIENT, FEW)))
