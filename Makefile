@@ -7,7 +7,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos lpips demo-autoencoder test lint types format lock clean golden test-gpu
+.PHONY: help setup demo photos lpips demo-autoencoder test lint types format lock clean golden test-long test-gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ demo-autoencoder: setup ## train the shipped autoencoder again and put it in its
 
 test: setup ## all tests (under 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+test-long: setup ## small experiments from end to end (a quarter of an hour on two cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m long
 
 test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width
 	$(PY) -m pytest -m gpu

@@ -123,7 +123,8 @@ def test_three_steps_with_widths_cut(name, trained) -> None:
     main_term = {"latent_diffusion": "denoising", "autoencoder": "loss"}[KINDS[name]]
     values = torch.tensor([[step["loss"], step[main_term]] for step in losses])
     assert values.isfinite().all()
-    assert (values > 0).all()
+    if KINDS[name] == "latent_diffusion":  # the game between decoder and discriminator may be below 0
+        assert (values > 0).all()
     report = root / "runs" / name / "init_report.json"
     assert report.exists() == (recipe.init_from is not None)
     if isinstance(recipe.task, AutoencoderConfig):

@@ -18,6 +18,7 @@ STEPS = 24
 ALL_STEPS = SMOKE.low_steps + STEPS
 
 
+@pytest.mark.long
 @pytest.mark.shared
 @pytest.mark.timeout(1500)
 def test_the_smallest_experiment(tmp_path: Path, shared_dir: Path) -> None:

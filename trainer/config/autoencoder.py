@@ -229,11 +229,6 @@ class AutoencoderConfig(Section):
                              "model.codebook.commitment_weight is what keeps its latents near")  # fmt: skip
         if self.consistency and self.consistency.lpips_weight and not self.lpips:
             raise ValueError("consistency.lpips_weight: needs the network of task.lpips; set it, or the weight to 0")
-        compared = self.pixel_weight or (self.lpips and self.lpips_weight) or self.consistency
-        if self.reconstructs == "images" and not (compared or self.discriminator or self.image_space):
-            raise ValueError(
-                "pixel_weight, lpips, discriminator: nothing compares reconstructions; give one of them a weight"
-            )
         if self.reconstructs == "latents":
             self._check_second_stage()
         elif self.teacher and not (self.image_space or self.consistency):
