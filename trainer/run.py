@@ -232,7 +232,8 @@ class Run:
     def _evaluate(self, step: int) -> dict[str, Any]:
         assert self.evaluation is not None
         found = self.evaluation.measure()
-        self.trainer.reports.evaluated(step, flat(found.figures), in_words(found.figures))
+        seen = "" if found.about["dataset"]["held_out"] else "  (of images that it trains on)"
+        self.trainer.reports.evaluated(step, flat(found.figures), in_words(found.figures) + seen)
         if self.world.is_main:
             self.folder.write_json(f"evaluation/{self._name(step)}.json", {"step": step, **found.numbers})
             self.folder.write_bytes(f"reconstructions/{self._name(step)}.png", found.picture)

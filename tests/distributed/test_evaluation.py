@@ -208,6 +208,8 @@ def test_what_a_run_writes(runs) -> None:
         "dataset": final["dataset"]["url"]
     }
     assert f"{run.evaluations()[-1]['psnr_db']:.6g}" == f"{final['psnr_db']:.6g}"
+    told = run.read_text(f"metrics/{run.names('metrics')[0]}")
+    assert ("of images that it trains on" in told) == (not final["dataset"]["held_out"])
     scraped = run.read_text("scraped.txt")
     assert 'loupe_evaluation{metric="psnr_db"}' in scraped
     assert 'loupe_evaluation{metric="outliers_mid"}' in scraped

@@ -110,20 +110,21 @@ class ReconstructionEvaluation:
         """
         world = self._world
         per_rank = -(-self._count // world.size)
-        mine, skipped = self._read(range(world.rank * per_rank, min((world.rank + 1) * per_rank, self._count)))
-        everywhere = world.gather((len(mine), skipped))
-        if sum(number for number, _ in everywhere) < 2:
-            raise UserError(f"reconstructions.dataset: fewer than two of {self._count} images of {self._url} can be "
-                            "read; look at them with `loupe data verify`")  # fmt: skip
-        measurement = Measurement(self._judges, shown=self._shown)
+        mine = range(world.rank * per_rank, min((world.rank + 1) * per_rank, self._count))
+        measurement, skipped = Measurement(self._judges, shown=self._shown), []
         stand_in = np.zeros((self._resolution, self._resolution, 3), np.uint8)
         for start in range(0, per_rank, BATCH):
-            chunk = mine[start : start + BATCH]
+            chunk, lost = self._read(mine[start : start + BATCH])
+            skipped += lost
             pixels = np.stack([pixels for _, pixels in chunk] or [stand_in])
             images = pixels_to_images(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(world.device))
             output = self._reconstruct(images)
             if chunk:
                 measurement.add(images, output, [number for number, _ in chunk])
+        everywhere = world.gather((len(measurement), skipped))
+        if sum(number for number, _ in everywhere) < 2:
+            raise UserError(f"reconstructions.dataset: fewer than two of {self._count} images of {self._url} can be "
+                            "read; look at them with `loupe data verify`")  # fmt: skip
         whole = measurement.joined(world)
         about = {
             "size": self._resolution,

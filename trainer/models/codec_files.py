@@ -29,6 +29,8 @@ CLASSES: dict[str, type[Autoencoder]] = {
 
 WHAT = "the autoencoder"
 CONFIG_FILE = "config.json"
+RUN_FILE = "config.yaml"
+"""Of a run, whose folder is no autoencoder's."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PICKLE_FILE = "diffusion_pytorch_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
@@ -50,6 +52,10 @@ def meta_autoencoder(url: str) -> Autoencoder:
     """
     fs, root = open_url(url, WHAT)
     path = f"{root}/{CONFIG_FILE}"
+    if not fs.exists(path) and fs.exists(f"{root}/{RUN_FILE}"):
+        raise UserError(
+            f"{url}: the folder of a run; `loupe export {url} FOLDER` writes what it has trained, give FOLDER"
+        )
     config = _read_config(fs, path)
     name = config["_class_name"]
     # Only what its constructor takes: diffusers writes more than that, and warns of it when it reads it back.
