@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as convolution_gradients
 
+from trainer.models.precision import precise
+
 LARGEST_WEIGHT = 1e4
 EPS = 1e-4
 
@@ -16,12 +18,12 @@ Kind = Literal["hinge", "vanilla"]
 
 def generator_loss(fake_B1hw: Tensor) -> Tensor:
     """g = -D(x_hat), mean over patches."""
-    return -_precise(fake_B1hw).mean((1, 2, 3))
+    return -precise(fake_B1hw).mean((1, 2, 3))
 
 
 def discriminator_loss(real_B1hw: Tensor, fake_B1hw: Tensor, kind: Kind) -> Tensor:
     """Half of what is wrong about images, half of what is wrong about reconstructions; mean over patches."""
-    real, fake = _precise(real_B1hw), _precise(fake_B1hw)
+    real, fake = precise(real_B1hw), precise(fake_B1hw)
     if kind == "hinge":
         wrong_real, wrong_fake = F.relu(1.0 - real), F.relu(1.0 + fake)
     else:
@@ -33,7 +35,7 @@ def last_layer_gradient(input_BCHW: Tensor, weight: tuple[int, int, int, int], g
     """Gradient of the decoder's last convolution (3x3, stride 1) from the gradient of its images: no pass through the
     decoder, and no parameter, which under sharding is in parts."""
     pad = weight[-1] // 2
-    inputs, gradients = _precise(input_BCHW.detach()), _precise(grad_images_BCHW)
+    inputs, gradients = precise(input_BCHW.detach()), precise(grad_images_BCHW)
     return convolution_gradients.conv2d_weight(inputs, weight, gradients, stride=1, padding=pad)
 
 
@@ -47,7 +49,3 @@ def adaptive_weight(nll_gradient: Tensor, generator_gradient: Tensor) -> Tensor:
         both /= dist.get_world_size()
     nll_norm, generator_norm = torch.linalg.vector_norm(both.flatten(1), dim=1)
     return (nll_norm / (generator_norm + EPS)).clamp(0.0, LARGEST_WEIGHT)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,6 +17,7 @@ from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder
 from trainer.models.lpips import LPIPS
 from trainer.models.lpips_weights import build_lpips
+from trainer.models.precision import precise
 
 
 class ImageSpaceTerms(nn.Module):
@@ -103,7 +104,7 @@ class ImageSpaceLoss(PerceptualLoss):
 
 def _resized(images_BCHW: Tensor, side: tuple[int, ...]) -> Tensor:
     """Images of this height and width, in float32 at least; bicubic and antialiased where theirs is another."""
-    images_BCHW = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
+    images_BCHW = precise(images_BCHW)
     if tuple(images_BCHW.shape[-2:]) == tuple(side):
         return images_BCHW
     return F.interpolate(images_BCHW, size=tuple(side), mode="bicubic", antialias=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.losses.feature_loss import VARIANCE_EPS
+from trainer.models.precision import precise
 
 
 def outlier_penalty(maps: Sequence[Tensor], threshold: float) -> Tensor:
@@ -18,7 +19,7 @@ def outlier_penalty(maps: Sequence[Tensor], threshold: float) -> Tensor:
     """
     total = []
     for map_BCHW in maps:
-        features = _precise(map_BCHW)
+        features = precise(map_BCHW)
         with torch.no_grad():
             mean = features.mean((2, 3), keepdim=True)
             deviation = (features.var((2, 3), keepdim=True, unbiased=False) + VARIANCE_EPS).sqrt()
@@ -42,9 +43,5 @@ class Transform(NamedTuple):
 def transformed(x_BCHW: Tensor, transform: Transform, side: int) -> Tensor:
     """Resized to `side`, bicubic and antialiased, and turned."""
     if side != x_BCHW.shape[-1]:
-        x_BCHW = F.interpolate(_precise(x_BCHW), size=(side, side), mode="bicubic", antialias=True)
+        x_BCHW = F.interpolate(precise(x_BCHW), size=(side, side), mode="bicubic", antialias=True)
     return torch.rot90(x_BCHW, transform.quarter_turns, (2, 3)) if transform.quarter_turns else x_BCHW
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

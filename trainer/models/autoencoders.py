@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config import CodecConfig
 from trainer.errors import UserError
-from trainer.models.codebook import nearest
+from trainer.models.codebook import nearest_codes
 from trainer.models.codec_files import CLASSES, Autoencoder, load_weights, meta_autoencoder
 
 
@@ -131,12 +131,6 @@ def quantized(raw_BCHW: Tensor, codes_KC: Tensor | None) -> Tensor:
         return raw_BCHW
     codes_BHWC = codes_KC.detach()[nearest_codes(raw_BCHW, codes_KC)]
     return codes_BHWC.permute(0, 3, 1, 2) + (raw_BCHW - raw_BCHW.detach())
-
-
-def nearest_codes(raw_BCHW: Tensor, codes_KC: Tensor) -> Tensor:
-    """Index (B, H, W) of each pixel's nearest code."""
-    raw_BHWC = raw_BCHW.detach().permute(0, 2, 3, 1)
-    return nearest(raw_BHWC.flatten(0, 2), codes_KC.detach()).view(raw_BHWC.shape[:3])
 
 
 def run_chain(modules: Iterable[nn.Module], h: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.config import CodebookConfig
 from trainer.models.frozen_layers import as_it_is
+from trainer.models.precision import precise
 
 CHUNK = 1 << 24
 """Distances that are in memory at a time."""
@@ -30,27 +31,29 @@ class Quantized(NamedTuple):
 
 def quantize(latents_BCHW: Tensor, codes_KC: Tensor) -> Quantized:
     """Eq. 1 to 3 of van den Oord et al.; in float32 at least."""
-    z_BHWC = _precise(latents_BCHW).permute(0, 2, 3, 1)
-    indices_BHW = nearest(z_BHWC.detach().flatten(0, 2), codes_KC.detach()).view(z_BHWC.shape[:3])
-    codes_BHWC = _precise(codes_KC)[indices_BHW]
+    z_BHWC = precise(latents_BCHW).permute(0, 2, 3, 1)
+    indices_BHW = nearest_codes(latents_BCHW, codes_KC)
+    codes_BHWC = precise(codes_KC)[indices_BHW]
     codebook_B = (codes_BHWC - z_BHWC.detach()).square().mean((1, 2, 3))
     commitment_B = (z_BHWC - codes_BHWC.detach()).square().mean((1, 2, 3))
     straight_through = z_BHWC + (codes_BHWC - z_BHWC).detach()
     return Quantized(straight_through.permute(0, 3, 1, 2).contiguous(), indices_BHW, codebook_B, commitment_B)
 
 
+def nearest_codes(latents_BCHW: Tensor, codes_KC: Tensor) -> Tensor:
+    """Index (B, H, W) of each pixel's nearest code."""
+    z_BHWC = latents_BCHW.detach().permute(0, 2, 3, 1)
+    return nearest(z_BHWC.flatten(0, 2), codes_KC.detach()).view(z_BHWC.shape[:3])
+
+
 def nearest(vectors_NC: Tensor, codes_KC: Tensor) -> Tensor:
     """Index (N,) of the nearest code, the first of equals."""
-    codes = _precise(codes_KC)
+    codes = precise(codes_KC)
     squares_K = codes.square().sum(1)
-    parts = _precise(vectors_NC).split(max(1, CHUNK // len(codes)))
+    parts = precise(vectors_NC).split(max(1, CHUNK // len(codes)))
     # autocast's products have 8 bits: of many codes that lie close they would take another one
     with as_it_is(codes):
         return torch.cat([torch.addmm(squares_K, part, codes.T, alpha=-2.0).argmin(1) for part in parts])
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class CodebookState:
@@ -142,7 +145,7 @@ class CodebookState:
         chosen_K = decay * self.chosen_K + (1 - decay) * new_counts_K
         counts_K = decay * self.counts_K + (1 - decay) * new_counts_K
         sums_KC = decay * self.sums_KC + (1 - decay) * new_sums_KC
-        codes = None if codes_KC is None else _precise(codes_KC)
+        codes = None if codes_KC is None else precise(codes_KC)
         if codes is not None and self._is_mean:
             # appendix A; a code that nothing has chosen yet stays where it is
             codes = torch.where(counts_K[:, None] > 1e-20, sums_KC / counts_K.clamp(min=1e-20)[:, None], codes)
@@ -163,7 +166,7 @@ class CodebookState:
         self._restarts.add_(torch.where(kept, restarted, torch.zeros_like(restarted)))
         for buffer in (self._new_counts_K, self._new_sums_KC, self._candidates_KC):
             buffer.zero_()
-        return None if codes is None or codes_KC is None else torch.where(kept, codes, _precise(codes_KC))
+        return None if codes is None or codes_KC is None else torch.where(kept, codes, precise(codes_KC))
 
     def terms(self) -> dict[str, Tensor]:
         """Scalars: `perplexity`, exp of the entropy of the codes' shares; `codebook_usage`, the share of codes that were chosen

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from trainer.config import DiscriminatorConfig
 from trainer.models.frozen_layers import as_it_is
+from trainer.models.precision import precise
 
 WIDEST = 8
 """Times the first layer's width."""
@@ -100,7 +101,7 @@ class BatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
+        x = precise(x_BCHW)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         # ranks have equally many pixels; the mean first, as a difference of squares would lose digits

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config.perceptual import LPIPSNetwork
+from trainer.models.precision import precise
 
 SMALLEST_SIDE: dict[LPIPSNetwork, int] = {
     "vgg16": 16,
@@ -83,7 +84,7 @@ def layer_distance(features_BCHW: Tensor, others_BCHW: Tensor, head_C: Tensor) -
 
 def unit_features(features_BCHW: Tensor) -> Tensor:
     """Each pixel scaled to unit length over channels; one without any feature stays 0, with a finite gradient."""
-    features_BCHW = features_BCHW.to(torch.promote_types(features_BCHW.dtype, torch.float32))
+    features_BCHW = precise(features_BCHW)
     return features_BCHW / (torch.linalg.vector_norm(features_BCHW, dim=1, keepdim=True) + NORM_EPS)
 
 
