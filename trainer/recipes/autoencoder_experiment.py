@@ -67,10 +67,10 @@ class Size:
     learning_rate: float = 1.5e-3
     settle_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of the autoencoder. The default's, (0.5, 0.9), are for long runs with a discriminator; these learn faster from scratch."""
+    """Of the autoencoder. The default, (0.5, 0.9), is for long games with a discriminator; these learn faster from scratch."""
     warmup_steps: int = 50
     lpips_weight: float = 0.3
-    """In short runs 1.0 gave 1.7 dB less PSNR than this, and a LPIPS smaller by 0.02."""
+    """In short runs 1.0 gave 1.7 dB less PSNR than this, and an LPIPS smaller by 0.02."""
     ema_decay: float = 0.99
     ablation_ema_decay: float = 0.97
     """A short run's average has to forget its beginning sooner."""
