@@ -89,9 +89,9 @@ def _setup(results: Results) -> Iterator[str]:
     yield (
         f"- Both models: f{size_of(size).downsampling}, {size['latent_channels']} channels, widths {widths}; L1, LPIPS "
         f"({LPIPS_NETWORK}, weight {size['lpips_weight']:g}) and a PatchGAN (weight "
-        f"{size['discriminator_weight']:g}, adaptive; width {size['discriminator_width']}, {size['discriminator_layers']} layers, "
-        f"hinge); KL with its weak penalty, VQ with {size['num_codes']} codes, running means and restarts of dead "
-        "codes."
+        f"{size['discriminator_weight']:g}, adaptive; hinge, width {size['discriminator_width']}, "
+        f"{size['discriminator_layers']} layers); KL with its weak penalty, VQ with "
+        f"{size['num_codes']} codes, running means and restarts of dead codes."
     )
     for name, what in ((KL, "The long runs"), (VQ, "The long runs"), (ABLATION, "The short runs, all from scratch")):
         if name in results.configs and not (name == VQ and KL in results.configs):
