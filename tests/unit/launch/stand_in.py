@@ -37,6 +37,7 @@ def main() -> int:
                 if at_attempt in (str(attempt), "*") and int(at_step) == step and int(at_rank) == rank:
                     if what == "hang":
                         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                        (run / f"hangs-{rank}").touch()
                         time.sleep(1000)
                     if what == "kill":
                         os.kill(os.getpid(), signal.SIGKILL)
