@@ -11,6 +11,8 @@ from typing import Any
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_ATTEMPTS_AT_PORTS = 4
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -25,7 +27,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, re
     An exception on a rank is raised here, and ends the others.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, free_port(), folder, replicas, function, arguments), nprocs=world_size)
+        for attempt in range(_ATTEMPTS_AT_PORTS):
+            try:
+                mp.spawn(_rank, (world_size, free_port(), folder, replicas, function, arguments), nprocs=world_size)
+                break
+            except mp.ProcessRaisedException as e:  # a port that was free may be another test's a moment later
+                if "EADDRINUSE" not in str(e) or attempt == _ATTEMPTS_AT_PORTS - 1:
+                    raise
         # written by our own children a moment ago
         return [pickle.loads((Path(folder) / str(r)).read_bytes()) for r in range(world_size)]  # noqa: S301
 

@@ -72,7 +72,7 @@ def test_what_is_there_is_not_made_again_and_a_job_goes_on_at_its_next_stage(tmp
 
 def test_no_more_at_a_time_than_workers_and_in_order(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    script = f"echo + >> {log}; sleep 0.2; echo - >> {log}; touch $0"
+    script = f"echo + >> {log}; sleep 0.8; echo - >> {log}; touch $0"
     complete, _, notes = run([job(tmp_path, f"job{i}", script) for i in range(5)])
     assert complete
     running = [0]

@@ -32,7 +32,7 @@ def job_record(run_dir: Path) -> dict:  # type: ignore[type-arg]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     def supervise(
-        *arguments: str, ranks: int = 2, max_restarts: int = 5, rehearse: int | None = None
+        *arguments: str, ranks: int = 2, max_restarts: int = 5, rehearse: int | None = None, crash_grace_s: float = 0.5
     ) -> tuple[int, list[str]]:
         spec = JobSpec("demo", str(tmp_path), "local", gpus_per_node=ranks, cpu=True, max_restarts=max_restarts,
                        code_dir=str(tmp_path / "code"), rehearse_preemption=rehearse)  # fmt: skip
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
         record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
         command = [sys.executable, str(STAND_IN), "--run-dir", str(tmp_path), *arguments]
         supervisor = Supervisor(spec, load("demo"), folder, PlainDisplay(notes.append), command=command,
-                                backoff_s=0.01, crash_grace_s=0.5, poll_s=0.02)  # fmt: skip
+                                backoff_s=0.01, crash_grace_s=crash_grace_s, poll_s=0.02)  # fmt: skip
         return supervisor.run(), notes
 
     return supervise
@@ -90,7 +90,7 @@ def test_restarts_without_a_newer_step_end_the_run(run: Run, tmp_path: Path) -> 
 
 def test_do_not_restart_is_obeyed_and_the_reason_shown(run: Run, tmp_path: Path) -> None:
     # rank 0 crashes first, since its peer is gone; the peer knows why
-    code, notes = run("--script", "0:3:0:1,0:4:1:93")
+    code, notes = run("--script", "0:3:0:1,0:4:1:93", crash_grace_s=20.0)
     assert code == 93
     assert any("error: told to end with 93 (rank 1" in note for note in notes)
     assert job_record(tmp_path)["restarts"] == []
