@@ -139,7 +139,7 @@ def submit(spec: JobSpec, config: RunConfig, folder: RunFolder, *, fresh: bool) 
         if shutil.which(tool) is None:
             raise UserError(f"{tool}: not found; submit from a login node of the cluster, or take --cluster local")
     executor = slurm_executor(spec, config)
-    _test_only(executor.script())
+    test_only(executor.script())
     if fresh:
         remove_run(folder)
     _fill_folder(spec, config, folder)
@@ -149,19 +149,19 @@ def submit(spec: JobSpec, config: RunConfig, folder: RunFolder, *, fresh: bool) 
     try:
         job = executor.submit(task)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
-        raise UserError(f"sbatch: {_last(str(e))}") from None
+        raise UserError(f"sbatch: {last_line(str(e))}") from None
     record_job(folder, spec, job_id=job.job_id)
     return str(job.job_id)
 
 
-def _test_only(script: str) -> None:
+def test_only(script: str) -> None:
     """Let SLURM itself say whether it would take the job, before anything is written."""
     result = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise UserError(f"sbatch: {_last(result.stderr)}; see --partition, --account, --time and the job's size")
+        raise UserError(f"sbatch: {last_line(result.stderr)}; see --partition, --account, --time and the job's size")
 
 
-def _last(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (
         lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ") if lines else "no reason given"

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from data.stages.store import StageStore
+from launch.job_array import ArrayOptions, submit_array
 from tests import slurm_cluster
+from tests.counting_stage import CountingStage, expected, published
 from tests.slurm_cluster import SlurmCluster
 from tests.tiny import TINY
 from trainer.config import CODE_ROOT
@@ -119,3 +122,49 @@ def test_a_job_that_slurm_would_not_take_is_refused_before_anything_is_written(
     assert "partition" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ data stages
+
+STAGE_PROGRAM = """
+import sys
+from data.stages.runner import Stopped
+from data.stages.workers import run_workers
+from tests.counting_stage import CountingStage
+if __name__ == "__main__":
+    try:
+        run_workers(CountingStage(items=6, samples=40, part=5, seconds=0.1), sys.argv[1], workers=1)
+    except Stopped:
+        sys.exit(75)
+"""
+
+
+def test_an_array_shares_a_stage_and_a_stopped_job_returns(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "stage.py"  # a file: spawned workers import it
+    program.write_text(STAGE_PROGRAM)
+    out = StageStore(str(tmp_path / "out"))
+    command = [sys.executable, str(program), out.url]
+    job_id = submit_array(command, name="stage", options=ArrayOptions(2, partition="low"))
+    first = f"{job_id}_0"
+    end = time.monotonic() + START_S
+    while not out.names("work/count/parts"):
+        assert time.monotonic() < end, _stage_logs(tmp_path)
+        time.sleep(0.1)
+    cluster.run("scancel", "--signal", "TERM", first)
+    while cluster.field(first, "Restarts") != "1":
+        assert time.monotonic() < end, _stage_logs(tmp_path)
+        time.sleep(0.2)
+    cluster.start_now(first)
+    for index in range(2):
+        state = cluster.wait_for(f"{job_id}_{index}", "COMPLETED", "FAILED", "CANCELLED", timeout_s=START_S)
+        assert state == "COMPLETED", _stage_logs(tmp_path)
+    assert published(out) == expected(CountingStage(items=6, samples=40))
+
+
+def _stage_logs(folder: Path) -> str:
+    return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("stage-*.log")))
