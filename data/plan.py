@@ -1,28 +1,33 @@
 """Which sample stands at which position of the training stream: a pure function, sought in O(1). numpy only.
 
 Datasets are mixed in blocks with exact quotas, so the number of samples drawn from each before any position is known.
-Within a dataset, epochs follow one another; each is exactly a permutation, shuffled on two levels: shards, then the
-samples within windows of shards. A window is what must lie in the local cache at a time.
+Within a dataset, epochs follow one another; each is exactly a permutation (data/epochs.py).
+
+With aspect buckets every global batch is of one bucket. Buckets take turns by exact quotas too, and each (dataset,
+bucket) has its own epochs. Batches are formed here, for the whole run, and dealt to ranks later: their number may change.
 """
 
 import bisect
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data import draws
+from data.buckets import row_ranges
+from data.epochs import BalancedShuffle, Cache, ClassRows, Rows, Shuffle
+from data.quotas import Quotas, largest_remainder
+from data.schema import Bucket
 from trainer.errors import UserError
-
-T = TypeVar("T")
 
 _SMALLEST_QUOTA = 64
 """Samples of the rarest dataset in a block; its share is then exact to 1 %."""
 _BLOCKS = tuple(2**n for n in range(10, 21))
+_SMALLEST_WINDOW = 4
+"""Shards of a rare bucket that are shuffled together."""
 
 
 @dataclass(frozen=True, order=True)
@@ -39,10 +44,43 @@ class MixSegment:
 
     start: int
     weights: Mapping[str, float]
+    batch_size: int = 1
+    """Images of a global batch; says nothing where there are no buckets."""
 
 
-class Mixture:
+class Plan(ABC):
     """The stream of samples. Every process computes it alike, from the seed and the shards' sizes alone."""
+
+    _starts: list[int]
+    """Of the segments."""
+
+    def refs(self, position: int, count: int) -> tuple[SampleRef, ...]:
+        """The samples at stream positions `position` to `position + count - 1`."""
+        assert position >= 0
+        assert count >= 0
+        return tuple(self._walk(position, position + count))
+
+    def _walk(self, position: int, end: int) -> Iterator[SampleRef]:
+        while position < end:
+            i = self._segment_at(position)
+            segment_end = min(end, self._starts[i + 1]) if i + 1 < len(self._starts) else end
+            yield from self._refs_of(i, position - self._starts[i], segment_end - self._starts[i])
+            position = segment_end
+
+    def _segment_at(self, position: int) -> int:
+        return bisect.bisect_right(self._starts, position) - 1
+
+    @abstractmethod
+    def _refs_of(self, segment: int, offset: int, end: int) -> Iterator[SampleRef]:
+        """Those from `offset` to `end - 1` of a segment."""
+
+    @abstractmethod
+    def bucket_at(self, position: int) -> str | None:
+        """The bucket that the batch at a position is of; None where there are no buckets."""
+
+
+class Mixture(Plan):
+    """Datasets mixed sample by sample, whatever the images' shapes."""
 
     def __init__(
         self,
@@ -51,72 +89,56 @@ class Mixture:
         seed: int,
         window_shards: int,
         segments: Sequence[MixSegment],
+        classes: Mapping[str, ClassRows] | None = None,
     ) -> None:
         """
         Args:
             shard_sizes: samples of each shard of each dataset.
             window_shards: shards whose samples are shuffled together.
             segments: by ascending start, the first at 0.
+            classes: of the datasets that are drawn by class, each class equally often.
 
         Raises:
             UserError: a segment names a dataset that is missing or empty, or weighs one too little to be drawn.
         """
         assert window_shards > 0
-        if not segments or segments[0].start != 0:
-            raise UserError("data mix: the first segment must start at position 0")
-        if any(a.start >= b.start for a, b in pairwise(segments)):
-            raise UserError("data mix: segments must start at ascending positions")
-        self._shuffles = {
-            name: _Shuffle(name, sizes, seed, window_shards) for name, sizes in sorted(shard_sizes.items())
+        _check_segments(segments, shard_sizes)
+        self._rows: dict[str, Rows] = {
+            name: _rows(name, sizes, (classes or {}).get(name), seed, window_shards)
+            for name, sizes in sorted(shard_sizes.items())
         }
         self._starts = [segment.start for segment in segments]
         self._segments: list[_Segment] = []
-        drawn = dict.fromkeys(self._shuffles, 0)
+        drawn = dict.fromkeys(self._rows, 0)
         for segment in segments:
             if self._segments:
                 last = self._segments[-1]
                 drawn = last.drawn_before(segment.start - last.start)
-            self._segments.append(_Segment(segment, self._shuffles, seed, drawn))
-
-    def refs(self, position: int, count: int) -> tuple[SampleRef, ...]:
-        """The samples at stream positions `position` to `position + count - 1`."""
-        assert position >= 0
-        assert count >= 0
-        return tuple(self._walk(position, position + count))
+            self._segments.append(_Segment(segment, self._rows, seed, drawn))
 
     def drawn_before(self, position: int) -> dict[str, int]:
         """How many samples of each dataset stand before `position`."""
-        segment = self._segments[bisect.bisect_right(self._starts, position) - 1]
+        segment = self._segments[self._segment_at(position)]
         return segment.drawn_before(position - segment.start)
 
-    def _walk(self, position: int, end: int) -> Iterator[SampleRef]:
-        while position < end:
-            i = bisect.bisect_right(self._starts, position) - 1
-            segment = self._segments[i]
-            segment_end = self._starts[i + 1] if i + 1 < len(self._starts) else end
-            for name, ordinal in segment.draws(position - segment.start, min(end, segment_end) - segment.start):
-                yield SampleRef(name, self._shuffles[name].index_at(ordinal))
-            position = min(end, segment_end)
+    def bucket_at(self, position: int) -> None:
+        return None
+
+    def _refs_of(self, segment: int, offset: int, end: int) -> Iterator[SampleRef]:
+        for name, ordinal in self._segments[segment].draws(offset, end):
+            yield SampleRef(name, self._rows[name].index_at(ordinal))
 
 
 class _Segment:
-    def __init__(
-        self, segment: MixSegment, shuffles: Mapping[str, "_Shuffle"], seed: int, drawn: Mapping[str, int]
-    ) -> None:
+    def __init__(self, segment: MixSegment, rows: Mapping[str, Rows], seed: int, drawn: Mapping[str, int]) -> None:
         self.start = segment.start
         self._seed = seed
         self._drawn = dict(drawn)
         """Samples of each dataset before this segment."""
         for name, weight in segment.weights.items():
-            if name not in shuffles:
-                raise UserError(f"data mix: no dataset {name!r}; have {', '.join(shuffles)}")
-            if not 0 <= weight < float("inf"):
-                raise UserError(f"data mix: the weight of {name!r} must be finite and not negative, got {weight}")
-            if weight and not shuffles[name].num_samples:
+            if weight and not rows[name].num_samples:
                 raise UserError(f"data mix: dataset {name!r} is empty; leave it out or build it again")
         self._names = sorted(name for name, weight in segment.weights.items() if weight > 0)
-        if not self._names:
-            raise UserError("data mix: give at least one dataset a weight above 0")
         weights = np.array([segment.weights[name] for name in self._names], dtype=np.float64)
         weights /= weights.max()
         weights /= weights.sum()
@@ -128,7 +150,7 @@ class _Segment:
                 "raise it or leave the dataset out"
             )
         self.quotas = largest_remainder(weights, self.block)
-        self._slots_of_block: _Cache[NDArray[np.int64]] = _Cache(4)
+        self._slots_of_block: Cache[NDArray[np.int64]] = Cache(4)
 
     def drawn_before(self, offset: int) -> dict[str, int]:
         """Samples of each dataset before `offset` in this segment, those before the segment included."""
@@ -158,73 +180,153 @@ class _Segment:
         return self._slots_of_block.get(block, shuffled)
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    shards: NDArray[np.int64]
-    """Shards in this epoch's order."""
-    ends: NDArray[np.int64]
-    """Samples up to and including each of them."""
-    window_ends: NDArray[np.int64]
+# -------------------------------------------------------------------------------------------------------------- buckets
 
 
-class _Shuffle:
-    """A dataset's endless sequence of epochs."""
+class BucketedMixture(Plan):
+    """Datasets mixed batch by batch: each batch is of one bucket, and in it the datasets that have the bucket."""
 
-    def __init__(self, name: str, shard_sizes: Sequence[int], seed: int, window_shards: int) -> None:
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        assert self._sizes.ndim == 1
-        assert (self._sizes >= 0).all()
-        self._first_index = np.cumsum(self._sizes) - self._sizes
-        self.num_samples = int(self._sizes.sum())
-        self._seed, self._window_shards = seed, window_shards
-        self._purpose_of_shards, self._purpose_of_samples = f"shards/{name}", f"samples/{name}"
-        self._epochs: _Cache[_Epoch] = _Cache(2)
-        self._windows: _Cache[NDArray[np.int64]] = _Cache(4)
+    def __init__(
+        self,
+        shard_sizes: Mapping[str, Sequence[int]],
+        buckets: Mapping[str, Sequence[Bucket]],
+        *,
+        seed: int,
+        window_shards: int,
+        segments: Sequence[MixSegment],
+        classes: Mapping[str, ClassRows] | None = None,
+    ) -> None:
+        """As `Mixture`. A window of all of a dataset's buckets together has about `window_shards` shards.
 
-    def index_at(self, ordinal: int) -> int:
-        """Row of the dataset that is drawn as number `ordinal`, counted over all epochs."""
-        epoch, k = divmod(ordinal, self.num_samples)
-        order = self._epochs.get(epoch, lambda: self._order(epoch))
-        window = int(np.searchsorted(order.window_ends, k, side="right"))
-        indices = self._windows.get((epoch, window), lambda: self._shuffled_window(epoch, window, order))
-        first = int(order.window_ends[window - 1]) if window else 0
-        return int(indices[k - first])
+        Args:
+            buckets: of each dataset. Those of one name are mixed.
+        """
+        assert window_shards > 0
+        _check_segments(segments, shard_sizes)
+        self._rows: dict[tuple[str, str], Rows] = {}
+        for name in sorted(shard_sizes):
+            sizes = np.asarray(shard_sizes[name], dtype=np.int64)
+            first_rows = row_ranges(sizes, buckets[name])
+            for bucket in buckets[name]:
+                own = sizes[bucket.first_shard : bucket.first_shard + bucket.num_shards]
+                window = max(_SMALLEST_WINDOW, round(window_shards * len(own) / len(sizes)))
+                rows = _rows(
+                    f"{name}/{bucket.name}", own, (classes or {}).get(name), seed, min(window, window_shards),
+                    first_row=first_rows[bucket.name][0],
+                )  # fmt: skip
+                if rows.num_samples:
+                    self._rows[name, bucket.name] = rows
+        self._starts = [segment.start for segment in segments]
+        self._segments: list[_BucketedSegment] = []
+        drawn = dict.fromkeys(self._rows, 0)
+        for segment in segments:
+            if self._segments:
+                last = self._segments[-1]
+                drawn = last.drawn_before(segment.start - last.start)
+            self._segments.append(_BucketedSegment(segment, self._rows, seed, drawn))
 
-    def _order(self, epoch: int) -> _Epoch:
-        shards = draws.permutation(self._seed, self._purpose_of_shards, epoch, length=len(self._sizes))
-        ends = np.cumsum(self._sizes[shards])
-        last_of_window = np.arange(self._window_shards, len(shards) + self._window_shards, self._window_shards) - 1
-        return _Epoch(shards, ends, ends[np.minimum(last_of_window, len(shards) - 1)])
+    def drawn_before(self, position: int) -> dict[tuple[str, str], int]:
+        """How many samples of each (dataset, bucket) stand before `position`."""
+        segment = self._segments[self._segment_at(position)]
+        return segment.drawn_before(position - segment.start)
 
-    def _shuffled_window(self, epoch: int, window: int, order: _Epoch) -> NDArray[np.int64]:
-        shards = order.shards[window * self._window_shards : (window + 1) * self._window_shards]
-        indices = np.concatenate([np.arange(self._sizes[s]) + self._first_index[s] for s in shards])
-        return indices[draws.permutation(self._seed, self._purpose_of_samples, epoch, window, length=len(indices))]
+    def bucket_at(self, position: int) -> str:
+        segment = self._segments[self._segment_at(position)]
+        return segment.bucket_of(position - segment.start)
 
-
-def largest_remainder(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Whole numbers that sum to `total`, each within 1 of its share; ties go to the earlier one."""
-    exact = shares * total
-    quotas = np.floor(exact).astype(np.int64)
-    largest = np.argsort(quotas - exact, kind="stable")
-    quotas[largest[: total - int(quotas.sum())]] += 1
-    return quotas
+    def _refs_of(self, segment: int, offset: int, end: int) -> Iterator[SampleRef]:
+        for source, ordinal in self._segments[segment].draws(offset, end):
+            yield SampleRef(source[0], self._rows[source].index_at(ordinal))
 
 
-class _Cache(Generic[T]):
-    """The last few values computed. Forgotten when pickled: a process computes its own."""
+class _BucketedSegment:
+    """Batches take buckets by quotas. A bucket's batches, put together, are one row of samples, which its datasets take
+    by quotas."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
+    def __init__(
+        self,
+        segment: MixSegment,
+        rows: Mapping[tuple[str, str], Rows],
+        seed: int,
+        drawn: Mapping[tuple[str, str], int],
+    ) -> None:
+        self.start, self._batch_size = segment.start, segment.batch_size
+        self._drawn = dict(drawn)
+        """Samples of each (dataset, bucket) before this segment."""
+        totals = {name: sum(r.num_samples for (n, _), r in rows.items() if n == name) for name in segment.weights}
+        shares: dict[str, dict[str, float]] = {}
+        for (name, bucket), of_bucket in rows.items():
+            if weight := segment.weights.get(name, 0.0):
+                shares.setdefault(bucket, {})[name] = weight * of_bucket.num_samples / totals[name]
+        for name, weight in segment.weights.items():
+            if weight and not totals[name]:
+                raise UserError(f"data mix: dataset {name!r} is empty; leave it out or build it again")
+        self._buckets = sorted(shares)
+        self._order = Quotas(
+            [sum(shares[bucket].values()) for bucket in self._buckets],
+            seed=seed,
+            purpose="buckets",
+            coordinate=self.start,
+        )
+        self._sources = [[(name, bucket) for name in sorted(shares[bucket])] for bucket in self._buckets]
+        self._mixes = [
+            Quotas([shares[b][name] for name, _ in sources], seed=seed, purpose=f"mix/{b}", coordinate=self.start)
+            for b, sources in zip(self._buckets, self._sources, strict=True)
+        ]
 
-    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        if key not in self._values:
-            self._values[key] = compute()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+    def bucket_of(self, offset: int) -> str:
+        batch = offset // self._batch_size
+        return next(self._buckets[which] for which, _ in self._order.walk(batch, batch + 1))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_size": self._size, "_values": OrderedDict()}
+    def drawn_before(self, offset: int) -> dict[tuple[str, str], int]:
+        """Samples of each (dataset, bucket) before `offset` in this segment, those before the segment included."""
+        batch, rest = divmod(offset, self._batch_size)
+        batches = self._order.counts(batch).tolist()
+        [(current, _)] = self._order.walk(batch, batch + 1)
+        drawn = dict(self._drawn)
+        for which, (sources, mix) in enumerate(zip(self._sources, self._mixes, strict=True)):
+            samples = batches[which] * self._batch_size + (rest if which == current else 0)
+            for source, count in zip(sources, mix.counts(samples).tolist(), strict=True):
+                drawn[source] += count
+        return drawn
+
+    def draws(self, offset: int, end: int) -> Iterator[tuple[tuple[str, str], int]]:
+        """((dataset, bucket), how many of it were drawn before) for each place from `offset` to `end - 1`."""
+        first, size = offset // self._batch_size, self._batch_size
+        for batch, (which, before) in enumerate(self._order.walk(first, -(-end // size)), start=first):
+            sources = self._sources[which]
+            begin, stop = max(offset - batch * size, 0), min(end - batch * size, size)
+            for source, count in self._mixes[which].walk(before * size + begin, before * size + stop):
+                yield sources[source], self._drawn[sources[source]] + count
+
+
+# ----------------------------------------------------------------------------------------------------------- what is given
+
+
+def _check_segments(segments: Sequence[MixSegment], names: Mapping[str, object]) -> None:
+    if not segments or segments[0].start != 0:
+        raise UserError("data mix: the first segment must start at position 0")
+    if any(a.start >= b.start for a, b in pairwise(segments)):
+        raise UserError("data mix: segments must start at ascending positions")
+    for segment in segments:
+        for name, weight in segment.weights.items():
+            if name not in names:
+                raise UserError(f"data mix: no dataset {name!r}; have {', '.join(sorted(names))}")
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"data mix: the weight of {name!r} must be finite and not negative, got {weight}")
+        if not any(segment.weights.values()):
+            raise UserError("data mix: give at least one dataset a weight above 0")
+
+
+def _rows(
+    name: str,
+    shard_sizes: Sequence[int] | NDArray[np.int64],
+    classes: ClassRows | None,
+    seed: int,
+    window_shards: int,
+    *,
+    first_row: int = 0,
+) -> Rows:
+    if classes is None:
+        return Shuffle(name, shard_sizes, seed, window_shards, first_row=first_row)
+    return BalancedShuffle(name, shard_sizes, classes, seed, window_shards, first_row=first_row)

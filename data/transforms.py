@@ -8,15 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def square_crop(image_HWC: NDArray[np.uint8], u: float | None = None) -> NDArray[np.uint8]:
-    """The largest square; along the longer side at the centre, or where `u` says."""
+def crop_to_aspect(image_HWC: NDArray[np.uint8], aspect: float, u: float | None = None) -> NDArray[np.uint8]:
+    """The largest part of this width / height; along the side that is cut at the centre, or where `u` says."""
     height, width = image_HWC.shape[:2]
-    side = min(height, width)
-    room = max(height, width) - side
-    offset = room // 2 if u is None else int(u * (room + 1))
-    if height > width:
-        return image_HWC[offset : offset + side]
-    return image_HWC[:, offset : offset + side]
+    if width > height * aspect:
+        kept = max(1, round(height * aspect))
+        offset = _offset(width - kept, u)
+        return image_HWC[:, offset : offset + kept]
+    kept = min(height, max(1, round(width / aspect)))
+    offset = _offset(height - kept, u)
+    return image_HWC[offset : offset + kept]
+
+
+def square_crop(image_HWC: NDArray[np.uint8], u: float | None = None) -> NDArray[np.uint8]:
+    """The largest square."""
+    return crop_to_aspect(image_HWC, 1.0, u)
+
+
+def _offset(room: int, u: float | None) -> int:
+    return room // 2 if u is None else int(u * (room + 1))
 
 
 def resize(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -42,11 +52,15 @@ def shrink_short_side(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uin
 
 
 def training_image(
-    image_HWC: NDArray[np.uint8], resolution: int, *, u_crop: float | None = None, flip: bool = False
+    image_HWC: NDArray[np.uint8], size: int | tuple[int, int], *, u_crop: float | None = None, flip: bool = False
 ) -> NDArray[np.uint8]:
-    """Square crop, short side to `resolution`, flip: (resolution, resolution, 3), contiguous.
+    """Cropped to the proportions of `size`, resized to it, flipped: (height, width, 3), contiguous.
 
     Cropped before it is resized: less work, and an image of 1 x 30,000 pixels does not grow into gigabytes.
+
+    Args:
+        size: (height, width), or the side of a square.
     """
-    image_HWC = resize(square_crop(image_HWC, u_crop), resolution, resolution)
+    height, width = (size, size) if isinstance(size, int) else size
+    image_HWC = resize(crop_to_aspect(image_HWC, width / height, u_crop), height, width)
     return np.ascontiguousarray(image_HWC[:, ::-1] if flip else image_HWC)

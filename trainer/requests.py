@@ -1,6 +1,6 @@
 """What the loader's processes are handed. Light to import: each of them does."""
 
-from data.loader import BatchRequest
+from data.batches import BatchRequest
 from trainer.step_plan import StepPlanner
 
 
@@ -14,4 +14,5 @@ class RankRequests:
         plan = self._planner.plan(step)
         count = plan.phase.batch_size // self._world_size
         first = plan.position + self._rank * count
-        return BatchRequest(step, first, self._planner.refs(first, count), plan.phase.resolution)
+        refs = self._planner.refs(first, count)
+        return BatchRequest(step, first, refs, plan.phase.resolution, self._planner.shape(plan))

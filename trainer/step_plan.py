@@ -4,8 +4,11 @@ so that the loader's processes plan for themselves and a resume needs only the s
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.plan import MixSegment, Mixture, SampleRef
-from trainer.config import PhaseConfig, RunConfig
+from data.buckets import shape_of
+from data.epochs import ClassRows
+from data.plan import BucketedMixture, MixSegment, Mixture, Plan, SampleRef
+from data.schema import Bucket
+from trainer.config import PhaseConfig, RunConfig, size_multiple
 from trainer.phases import Schedule, learning_rate
 
 
@@ -29,31 +32,44 @@ class StepPlanner:
         config: RunConfig,
         shard_sizes: Mapping[str, Sequence[int]],
         passed_over: Sequence[tuple[int, int]] = (),
+        *,
+        buckets: Mapping[str, Sequence[Bucket]] | None = None,
+        classes: Mapping[str, ClassRows] | None = None,
     ) -> None:
         """
         Args:
             shard_sizes: samples in each shard, by dataset.
+            buckets: of each dataset, where batches are of one aspect bucket.
+            classes: of the datasets that are drawn by class.
             passed_over: (step, images): from that step on the stream is so many images further, because a roll back
                 passed over them. What happened at run time, and so part of the checkpoint.
         """
         self._config, self._shard_sizes, self._passed_over = config, shard_sizes, tuple(passed_over)
+        self._buckets, self._classes = buckets, classes
         self.schedule = Schedule(config.phases)
         self._warmup_steps = config.optim.warmup_steps
         everything = dict.fromkeys(shard_sizes, 1.0)
-        self._mixture = Mixture(
-            shard_sizes,
-            seed=config.seed,
-            window_shards=config.data.shuffle_window_shards,
-            segments=[
-                # A roll back to a phase's first step passes over images of that phase: it begins where it did.
-                MixSegment(first + self._shift_at(first_step - 1), phase.data_mix or everything)
-                for first_step, first, phase in self.schedule.beginnings()
-            ],
-        )
+        segments = [
+            # A roll back to a phase's first step passes over images of that phase: it begins where it did.
+            MixSegment(first + self._shift_at(first_step - 1), phase.data_mix or everything, phase.batch_size)
+            for first_step, first, phase in self.schedule.beginnings()
+        ]
+        seed, window_shards = config.seed, config.data.shuffle_window_shards
+        self._mixture: Plan
+        if buckets is None:
+            self._mixture = Mixture(
+                shard_sizes, seed=seed, window_shards=window_shards, segments=segments, classes=classes
+            )
+        else:
+            self._mixture = BucketedMixture(
+                shard_sizes, buckets, seed=seed, window_shards=window_shards, segments=segments, classes=classes
+            )
+        self._aspects = {b.name: b.aspect for of_dataset in (buckets or {}).values() for b in of_dataset}
+        self._multiple = size_multiple(config.task)
 
     def passing_over(self, passed_over: Sequence[tuple[int, int]]) -> "StepPlanner":
         """The same plan with other images passed over."""
-        return StepPlanner(self._config, self._shard_sizes, passed_over)
+        return StepPlanner(self._config, self._shard_sizes, passed_over, buckets=self._buckets, classes=self._classes)
 
     def _shift_at(self, step: int) -> int:
         return sum(images for since, images in self._passed_over if since <= step)
@@ -70,6 +86,15 @@ class StepPlanner:
             begins_phase=place.step_in_phase == 0,
             ends_phase=self.schedule.is_last_of_phase(step),
         )
+
+    def shapes(self, resolution: int) -> dict[str, tuple[int, int]]:
+        """(height, width) in pixels of the images of each aspect bucket; empty where all are squares."""
+        return {name: shape_of(aspect, resolution, self._multiple) for name, aspect in self._aspects.items()}
+
+    def shape(self, plan: StepPlan) -> tuple[int, int] | None:
+        """(height, width) in pixels of a step's images; None: squares of the phase's resolution."""
+        bucket = self._mixture.bucket_at(plan.position)
+        return None if bucket is None else shape_of(self._aspects[bucket], plan.phase.resolution, self._multiple)
 
     def refs(self, position: int, count: int) -> tuple[SampleRef, ...]:
         """The samples at `count` stream positions; apart from the plan, as the workers alone need them."""

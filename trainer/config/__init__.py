@@ -35,11 +35,13 @@ from trainer.config.perceptual import (
 from trainer.config.run import (
     RunConfig,
     check_layout,
+    check_shape,
     config_digest,
     differences,
     differences_in_words,
     explain_digests,
     run_digest,
+    size_multiple,
 )
 from trainer.config.section import CODE_ROOT, Section, replace, resolve_url
 from trainer.config.task import (
@@ -85,6 +87,6 @@ __all__ = [
     "PerceptualConfig", "PhaseConfig", "PhasePerceptualConfig", "PixArtConfig", "PromptAccuracyConfig",
     "RateScheduleConfig", "ReconstructionsConfig", "ReweightingConfig", "RunConfig", "SampledConfig",
     "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TextConfig", "UNetConfig",
-    "VQModelConfig", "check_layout", "config_digest", "differences", "differences_in_words", "explain_digests",
-    "replace", "resolve_url", "run_digest",
+    "VQModelConfig", "check_layout", "check_shape", "config_digest", "differences",
+    "differences_in_words", "explain_digests", "replace", "resolve_url", "run_digest", "size_multiple",
 ]  # fmt: skip

@@ -65,18 +65,35 @@ class RunConfig(Section):
                             ("reconstructions", "autoencoder")):  # fmt: skip
             if getattr(self, field) and self.task.kind != kind:
                 raise ValueError(f"{field}: belongs to the {kind} task, this is {self.task.kind}")
+        _check_sizes(self.task, self.phases)
+        self._check_stored()
         if self.task.kind == "latent_diffusion":
-            _check_resolutions(self.task, self.phases)
             self._check_sampling(self.task)
-        elif self.task.kind == "latent_network":
-            _check_latents(self.task, self.phases)
-        else:
-            _check_autoencoder(self.task, self.phases)
-            if self.task.trained != "all" and not self.init_from:
+            perceptual = self.task.perceptual
+            if self.data.buckets and perceptual.kind == "latent_lpips" and perceptual.augment:
                 raise ValueError(
-                    f"task.trained: {self.task.trained} of an autoencoder that nothing has trained; set init_from.url to one"
+                    "task.perceptual.augment: turns square latents alone; set it to false with data.buckets"
                 )
+        elif self.task.kind == "autoencoder" and self.task.trained != "all" and not self.init_from:
+            raise ValueError(
+                f"task.trained: {self.task.trained} of an autoencoder that nothing has trained; set init_from.url to one"
+            )
         return self
+
+    def _check_stored(self) -> None:
+        """Columns of what a run would compute, where there is such a run."""
+        task, data = self.task, self.data
+        if data.latents and task.kind == "autoencoder":
+            raise ValueError("data.latents: the autoencoder task trains on images; leave it out")
+        if data.latents and task.kind == "latent_diffusion" and task.perceptual.kind == "image_space":
+            for i, phase in enumerate(self.phases):
+                if phase.perceptual:
+                    raise ValueError(
+                        f"phases.{i}.perceptual: image_space compares with images, and data.latents stand in their place; take "
+                        "another task.perceptual, or data.latents=[]"
+                    )
+        if data.text_states and not (task.kind == "latent_diffusion" and task.text.kind == "frozen"):
+            raise ValueError("data.text_states: are of frozen text encoders, task.text.kind=frozen; leave it out")
 
     def _check_sampling(self, task: LatentDiffusionConfig) -> None:
         paradigm, samples = task.paradigm, self.samples
@@ -97,9 +114,44 @@ class RunConfig(Section):
                     raise ValueError(f"samples.prompts: {prompt!r} is no class of 0..{num_classes - 1}")
 
 
+def _check_sizes(task: TaskConfig, phases: tuple[PhaseConfig, ...]) -> None:
+    if task.kind == "latent_diffusion":
+        _check_resolutions(task, phases)
+    elif task.kind == "latent_network":
+        _check_latents(task, phases)
+    else:
+        _check_autoencoder(task, phases)
+
+
+def size_multiple(task: TaskConfig) -> int:
+    """What both sides of training images must divide by, in pixels."""
+    if task.kind == "latent_diffusion":
+        return task.codec.downsampling * task.model.latent_multiple
+    if task.kind == "latent_network":
+        return task.codec.downsampling
+    factor = task.model.downsampling
+    return factor * task.teacher.downsampling if task.reconstructs == "latents" and task.teacher else factor
+
+
+def check_shape(config: RunConfig, phase_index: int, bucket: str, shape: tuple[int, int]) -> None:
+    """Whether the task takes the images of an aspect bucket in a phase. `shape`: (height, width) in pixels.
+
+    Raises:
+        UserError: naming the bucket, and the field that its longer or shorter side does not fit.
+    """
+    phases = config.phases
+    for side in shape:
+        changed = phases[phase_index].model_copy(update={"resolution": side})
+        try:
+            _check_sizes(config.task, (*phases[:phase_index], changed, *phases[phase_index + 1 :]))
+        except ValueError as e:
+            height, width = shape
+            raise UserError(f"data.buckets: images of bucket {bucket} are {width} x {height} px. {e}") from None
+
+
 def _check_resolutions(task: LatentDiffusionConfig, phases: tuple[PhaseConfig, ...]) -> None:
-    model, codec = task.model, task.codec
-    multiple = codec.downsampling * model.latent_multiple
+    model = task.model
+    multiple = size_multiple(task)
     for i, phase in enumerate(phases):
         patches, rest = divmod(phase.resolution, multiple)
         if rest:
@@ -108,7 +160,7 @@ def _check_resolutions(task: LatentDiffusionConfig, phases: tuple[PhaseConfig, .
                 field = f"block_out_channels' {model.latent_multiple}, of {len(model.block_out_channels)} levels"
             raise ValueError(
                 f"phases.{i}.resolution: {phase.resolution} px is no multiple of {multiple}: the codec's downsampling of "
-                f"{codec.downsampling} times task.model.{field}; take {(patches + 1) * multiple}"
+                f"{task.codec.downsampling} times task.model.{field}; take {(patches + 1) * multiple}"
             )
         if model.kind == "mmdit" and patches > model.position_grid:
             raise ValueError(
@@ -133,9 +185,7 @@ def _check_latents(task: LatentNetworkConfig, phases: tuple[PhaseConfig, ...]) -
 
 
 def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...]) -> None:
-    factor = task.model.downsampling
-    if task.reconstructs == "latents" and task.teacher:
-        factor *= task.teacher.downsampling
+    factor = size_multiple(task)
     for i, phase in enumerate(phases):
         side, rest = divmod(phase.resolution, factor)
         if rest:
@@ -160,7 +210,10 @@ def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...])
 
 REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "name")
 NO_NUMBERS = {
-    "data": ("num_workers", "prefetch_steps", "timeout_s", "cache_dir", "max_bad_samples"),
+    "data": (
+        "num_workers", "prefetch_steps", "prefetch_shards", "timeout_s", "cache_dir", "cache_gib", "max_bad_samples",
+        "max_bad_shards",
+    ),
     "optim": ("max_skipped_in_a_row",),
     "optim.spikes": ("max_roll_backs",),
     "task.text": ("cache_mib",),
@@ -189,6 +242,8 @@ def _numbers(config: RunConfig) -> dict[str, Any]:
             section = (section or {}).get(name)
         for field in fields:
             (section or {}).pop(field, None)  # not every run has such a section, nor every kind of it the field
+    for dataset in tree["data"]["datasets"].values():
+        dataset.pop("fetch")
     task = config.task
     if (task.kind == "latent_diffusion" and task.perceptual.kind == "lpl" and task.perceptual.by_micro_batch) or (
         task.kind == "autoencoder" and task.by_micro_batch

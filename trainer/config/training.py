@@ -61,7 +61,7 @@ class PhaseConfig(Section):
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     steps: PositiveInt
     resolution: PositiveInt
-    """Side of the square training images, in pixels."""
+    """Side of the square training images, in pixels; with `data.buckets`, of the square of about their area."""
     batch_size: PositiveInt
     """Global batch, in images: over all ranks and accumulation."""
     learning_rate: PositiveFloat

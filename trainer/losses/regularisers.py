@@ -32,16 +32,17 @@ class Transform(NamedTuple):
     """One of EQ-VAE's, of latents and images alike."""
 
     scale: float
-    """Of the side; at most 1."""
+    """Of both sides; at most 1."""
     quarter_turns: int
 
     def side(self, latent_side: int) -> int:
-        """Of the transformed latents."""
+        """Of the scaled latents."""
         return max(1, round(latent_side * self.scale))
 
 
-def transformed(x_BCHW: Tensor, transform: Transform, side: int) -> Tensor:
-    """Resized to `side`, bicubic and antialiased, and turned."""
-    if side != x_BCHW.shape[-1]:
-        x_BCHW = F.interpolate(precise(x_BCHW), size=(side, side), mode="bicubic", antialias=True)
+def transformed(x_BCHW: Tensor, transform: Transform, side: int | tuple[int, int]) -> Tensor:
+    """Resized to `side`, or (height, width), bicubic and antialiased, and then turned."""
+    height, width = (side, side) if isinstance(side, int) else side
+    if (height, width) != tuple(x_BCHW.shape[-2:]):
+        x_BCHW = F.interpolate(precise(x_BCHW), size=(height, width), mode="bicubic", antialias=True)
     return torch.rot90(x_BCHW, transform.quarter_turns, (2, 3)) if transform.quarter_turns else x_BCHW

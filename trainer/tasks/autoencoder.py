@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from data.loader import Batch
+from data.batches import Batch
 from trainer import optim
-from trainer.config import AutoencoderConfig, OptimConfig, RunConfig
+from trainer.config import AutoencoderConfig, OptimConfig, PhaseConfig, RunConfig
 from trainer.errors import UserError
 from trainer.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, last_layer_gradient
 from trainer.losses.image_space import ImageSpaceTerms
@@ -81,13 +81,7 @@ class AutoencoderTask(Task):
     def check(self) -> list[str]:
         config, warnings = self.config, []
         for i, phase in enumerate(self._run.phases):
-            if self.lpips and phase.resolution < self.lpips.smallest_side:
-                raise UserError(
-                    f"phases.{i}.resolution: {phase.resolution} px, and task.lpips.network {self.lpips.network} needs "
-                    f"{self.lpips.smallest_side}; take more, or task.lpips=null"
-                )
-            if self.image_space:
-                self.image_space.check(phase.resolution)
+            self.check_side(phase, phase.resolution)
             if config.discriminator and phase.resolution < config.discriminator.patch_px:
                 warnings.append(
                     f"phases.{i}.resolution: {phase.resolution} px are fewer than the discriminator's patch of "
@@ -100,6 +94,16 @@ class AutoencoderTask(Task):
                 "be no discriminator; begin it earlier, or set task.discriminator=null"
             )
         return warnings
+
+    def check_side(self, phase: PhaseConfig, side_px: int) -> None:
+        if self.lpips and side_px < self.lpips.smallest_side:
+            i = self._run.phases.index(phase)
+            raise UserError(
+                f"phases.{i}.resolution: {side_px} px, and task.lpips.network {self.lpips.network} needs "
+                f"{self.lpips.smallest_side}; take more, or task.lpips=null"
+            )
+        if self.image_space:
+            self.image_space.check(side_px)
 
     def _map_indices(self) -> list[int]:
         """Places of the decoder maps that the outlier penalty is of."""
@@ -136,8 +140,8 @@ class AutoencoderTask(Task):
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
         images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True)).to(self._dtype)
         x = self._teachers_latents(images) if self.config.reconstructs == "latents" else images
-        side = x.shape[-1] // self.config.model.downsampling
-        shape = (self.config.model.latent_channels, side, side)
+        rows, columns = (side // self.config.model.downsampling for side in x.shape[-2:])
+        shape = (self.config.model.latent_channels, rows, columns)
         positions = batch.positions_B.tolist()
         noise = None
         if self.config.model.kind != "vq":
@@ -256,7 +260,9 @@ class AutoencoderTask(Task):
             total_B, terms["outliers"] = total_B + config.outliers.weight * penalty_B, penalty_B.detach()
         if transform and config.equivariance:
             assert out.transformed is not None
-            target = transformed(images, transform, out.transformed.shape[-1])
+            height, width = out.transformed.shape[-2:]
+            before_turn = (width, height) if transform.quarter_turns % 2 else (height, width)
+            target = transformed(images, transform, before_turn)
             turned_B = (out.transformed.to(self._dtype) - target).abs().mean((1, 2, 3))
             total_B, terms["equivariance"] = total_B + config.equivariance.weight * turned_B, turned_B.detach()
         if self.image_space:
@@ -333,4 +339,5 @@ class AutoencoderTask(Task):
 
 
 def _turned(latents_BCHW: Tensor, transform: Transform) -> Tensor:
-    return transformed(latents_BCHW, transform, transform.side(latents_BCHW.shape[-1]))
+    height, width = (transform.side(side) for side in latents_BCHW.shape[-2:])
+    return transformed(latents_BCHW, transform, (height, width))

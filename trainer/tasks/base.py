@@ -5,7 +5,8 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.batches import Batch
+from trainer.config import PhaseConfig
 from trainer.step_plan import StepPlan
 
 
@@ -26,6 +27,13 @@ class Task(ABC):
     @abstractmethod
     def check(self) -> list[str]:
         """Refuse a config that cannot work in some phase, before the first step; returns warnings to print.
+
+        Raises:
+            UserError: naming the field.
+        """
+
+    def check_side(self, phase: PhaseConfig, side_px: int) -> None:  # noqa: B027
+        """Refuse images whose shorter side is this, beside what `check` and the config refuse of squares.
 
         Raises:
             UserError: naming the field.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from data.loader import Batch
-from trainer.config import LatentDiffusionConfig, PhasePerceptualConfig, RunConfig
+from data.batches import Batch
+from trainer.config import LatentDiffusionConfig, PhaseConfig, PhasePerceptualConfig, RunConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
 from trainer.diffusion.samplers import build_sampler, guided
 from trainer.errors import UserError
@@ -23,6 +23,7 @@ from trainer.models.text_encoders import TextEncoder, TextInput, build_text_enco
 from trainer.parallel.apply import autocast, reshard
 from trainer.rng import normal, spread_uniform, uniform, uniforms
 from trainer.step_plan import StepPlan
+from trainer.stored_batch import known_states, scaled_latents
 from trainer.tasks.base import Task
 from trainer.tensors import images_to_pixels, pixels_to_images
 
@@ -119,6 +120,10 @@ class LatentDiffusionTask(Task):
                     )
         return warnings
 
+    def check_side(self, phase: PhaseConfig, side_px: int) -> None:
+        if phase.perceptual and self.perceptual:
+            self.perceptual.check(side_px)
+
     def _threshold(self, phase: PhasePerceptualConfig, resolution: int) -> float:
         reference_px = self.config.perceptual.tau_reference_px
         return threshold(phase, self.paradigm(resolution), resolution, reference_px)
@@ -144,7 +149,7 @@ class LatentDiffusionTask(Task):
         host_t_B = paradigm.sample_t(self._timestep_draws(positions, plan.step))
         t_B = host_t_B.to(self._device, non_blocking=True)
         with autocast(self._device):
-            z0 = self._latents_of(images)
+            z0 = self._latents_of(images) if batch.latents_BCHW is None else self._stored_latents(batch)
             noise = normal(seed, positions, "noise", z0.shape[1:], device=self._device)
             zt = paradigm.add_noise(z0, noise, t_B)
             prediction = self.module(zt, paradigm.model_time(t_B), text).float()
@@ -198,13 +203,16 @@ class LatentDiffusionTask(Task):
         with torch.no_grad():
             return self.codec.encode(images).float()
 
+    def _stored_latents(self, batch: Batch) -> Tensor:
+        return scaled_latents(batch, self.codec, seed=self._run.seed, device=self._device)
+
     def _text_of(self, batch: Batch, positions: Sequence[int]) -> TextInput | Condition:
         seed, dropouts = self._run.seed, self.text.dropouts
         dropped_B = (uniform(seed, positions, "caption_dropout") < self.config.caption_dropout).tolist()
         captions = [None if drop else caption for caption, drop in zip(batch.captions, dropped_B, strict=True)]
         draws_EB = uniforms(seed, positions, "encoder_dropout", count=len(dropouts)) if dropouts else ()
         dropped_EB = [(row_B < share).tolist() for row_B, share in zip(draws_EB, dropouts, strict=True)]
-        text = self.text.prepare(captions, batch.labels_B.tolist(), dropped_EB)
+        text = self.text.prepare(captions, batch.labels_B.tolist(), dropped_EB, known_states(batch.states))
         self.captions_cut += text.num_cut
         return self._encoded(text)
 

@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.batches import Batch
 from trainer.config import LatentNetworkConfig, RunConfig
 from trainer.errors import UserError
 from trainer.models.autoencoders import Codec, load_codec
 from trainer.models.latent_vgg import LatentVGG
 from trainer.parallel.apply import autocast
 from trainer.step_plan import StepPlan
+from trainer.stored_batch import scaled_latents
 from trainer.tasks.base import Task
 from trainer.tensors import pixels_to_images
 
@@ -38,8 +39,11 @@ class LatentNetworkTask(Task):
         labels_B = batch.labels_B.to(self._device, non_blocking=True)
         images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
         with autocast(self._device):
-            with torch.no_grad():
-                z0 = self.codec.encode(images).float()
+            if batch.latents_BCHW is None:
+                with torch.no_grad():
+                    z0 = self.codec.encode(images).float()
+            else:
+                z0 = scaled_latents(batch, self.codec, seed=self._run.seed, device=self._device)
             logits = self.module(z0).float()
         loss_B = F.cross_entropy(logits, labels_B, reduction="none", label_smoothing=self.config.label_smoothing)
         (scale * loss_B.sum()).backward()

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import draws
 from data.plan import MixSegment, Mixture, SampleRef, largest_remainder
 from trainer.errors import UserError
 
@@ -32,6 +33,7 @@ def two(seed: int = 0) -> Mixture:
     )
 
 
+@settings(deadline=None)
 @given(shard_sizes, st.integers(0, 2**40), st.integers(1, 15), st.integers(0, 50))
 def test_each_epoch_is_a_permutation(sizes: list[int], seed: int, window_shards: int, epoch: int) -> None:
     total = sum(sizes)
@@ -39,6 +41,7 @@ def test_each_epoch_is_a_permutation(sizes: list[int], seed: int, window_shards:
     assert sorted(ref.index for ref in refs) == list(range(total))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 6000), st.lists(st.integers(0, 400), min_size=1, max_size=5))
 def test_refs_do_not_depend_on_how_they_are_asked_for(position: int, counts: list[int]) -> None:
     parts: list[SampleRef] = []
@@ -64,6 +67,7 @@ def test_each_dataset_continues_its_own_epochs_across_segments() -> None:
             assert sorted(drawn[first : first + total]) == list(range(total)), name
 
 
+@settings(deadline=None)
 @given(st.integers(0, 6000))
 def test_drawn_before_counts_what_refs_gives(position: int) -> None:
     counted = Counter(ref.dataset for ref in two().refs(0, position))
@@ -82,6 +86,15 @@ def test_samples_of_a_window_lie_together() -> None:
     """The first window's samples come from `window_shards` shards: the cache need not hold more."""
     refs = one([10] * 20, window_shards=4).refs(0, 40)
     assert len({ref.index // 10 for ref in refs}) == 4
+
+
+@pytest.mark.parametrize("distinct", [3, 50, 2**40])
+def test_a_permutation_is_the_stable_order_of_its_numbers(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal numbers too, which do not come in practice: numpy's sorts must not decide between them."""
+    numbers = np.random.default_rng(0).integers(0, distinct, 1000).astype(np.uint64)
+    monkeypatch.setattr(draws, "raw", lambda *arguments, count: numbers[:count])
+    expected = sorted(range(1000), key=lambda i: (int(numbers[i]), i))
+    assert draws.permutation(0, "x", length=1000).tolist() == expected
 
 
 def test_the_stream_is_fixed() -> None:
@@ -132,6 +145,7 @@ def test_a_mix_that_cannot_be_drawn_is_refused(segments: list[MixSegment], messa
         Mixture({"a": [3], "b": [3], "empty": [0]}, seed=0, window_shards=1, segments=segments)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8), st.integers(1, 4096))
 def test_largest_remainder(weights: list[float], total: int) -> None:
     shares = np.array(weights) / sum(weights)
