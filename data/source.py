@@ -1,18 +1,50 @@
-"""Folders of images as people have them: with a metadata.jsonl, with a text beside each image, or one per class."""
+"""Folders of images as people have them: with a metadata.jsonl, with a text beside each image, or one per class.
+
+`list_images` says what a folder or fsspec URL holds and reads no image and no text; `open_source` does it for a local folder,
+with the texts.
+"""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data import draws
+from data.ingest.ranges import READ_DEADLINE_S, RangeReader, filesystem, is_local, within
 from trainer.errors import UserError
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_NOTICES = ("notice", "license", "licence", "copying")
-_MAX_LINE_CHARACTERS = 1 << 20
+LAYOUTS = (METADATA, "texts", "classes")
+NOTICES = ("notice", "license", "licence", "copying")
+"""Names of licence files, whatever their suffix and case."""
+_SPLITS = {"train", "val", "valid", "validation", "test"}
+"""As ImageNet's folders are called: classes lie below, and what is not `train` is not for training."""
+_MAX_LINE_BYTES = 1 << 20
+_LICENCE, _SOURCE = ("licence", "license"), ("source", "url", "source_url", "flickr_url", "coco_url")
+"""Names under which rows have them; the first that is there counts."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One image of a source, before anything of it is read."""
+
+    key: str
+    """Its file name within the source, with forward slashes."""
+    file: str | None
+    """Where it lies in the source; absent: there is no such file."""
+    captions: tuple[str, ...] = ()
+    text: str | None = None
+    """File whose lines are its captions."""
+    label: str | int | None = None
+    """Class: its name, or its number."""
+    note: str = ""
+    """Why it has no file or no caption."""
+    licence: str | None = None
+    source: str | None = None
+    """Where it came from, as the source says."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +59,9 @@ class Entry:
     label: int = -1
     note: str = ""
     """Why it has no path or no caption."""
+    licence: str | None = None
+    source: str | None = None
+    """Where it came from, as the source says."""
 
 
 @dataclass(frozen=True)
@@ -49,61 +84,171 @@ class Source:
     def notices(self) -> list[Path]:
         """Licence files at the top of each folder."""
         folders = (self.folder, *self.more_folders)
-        return [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file() and p.stem.lower() in _NOTICES]
+        return [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file() and is_notice(p.name)]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What `list_images` has found."""
+
+    layout: str
+    images: Sequence[Listed]
+    merged_rows: int = 0
+    left_out: int = 0
+    """Images in `val`, `test` and the like, beside `train`."""
+
+
+def is_notice(file_name: str) -> bool:
+    return PurePosixPath(file_name).stem.lower() in NOTICES
 
 
 def open_source(folder: Path) -> Source:
-    """Find out a folder's layout and list its images.
+    """Find out a local folder's layout and list its images, with their texts.
 
     Raises:
         UserError: no such folder, no images, or rows that cannot be used.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with images")
-    try:
-        if (folder / METADATA).exists():
-            return _from_metadata(folder)
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if any(image.with_suffix(".txt").is_file() for image in images):
-            return _from_pairs(folder, images)
-    except OSError as e:
-        raise UserError(f"{e.filename or folder}: cannot be read ({e.strerror})") from None
-    if not images:
-        raise UserError(f"{folder}: no {METADATA} and no {', '.join(SUFFIXES)}; see `loupe data build --help`")
-    if stray := [image for image in images if image.parent == folder]:
-        raise UserError(f"{stray[0]}: has no text; put one of the same name with .txt beside it, list the images in "
-                        f"{METADATA}, or sort them into a folder per class")  # fmt: skip
-    return _from_classes(folder, images)
-
-
-def _from_pairs(folder: Path, images: Sequence[Path]) -> Source:
+    listing = list_images(str(folder))
+    names = _class_names(listing.images)
     entries = []
-    for image in images:
-        text = image.with_suffix(".txt")
-        try:
-            lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
-        except UnicodeDecodeError as e:
-            raise UserError(f"{text}: not UTF-8 ({e.reason}); save it as UTF-8") from None
-        captions = _clean(lines)
-        note = "its .txt is empty" if text.is_file() else "no .txt of the same name"
-        entries.append(Entry(image.relative_to(folder).as_posix(), image, captions, note=note))
-    return Source(folder, "texts", entries)
-
-
-def _from_classes(folder: Path, images: Sequence[Path]) -> Source:
-    """The class is the folder at the top, or below `images/` where that is the only one."""
-    tops = {image.relative_to(folder).parts[0] for image in images}
-    root = folder / "images" if tops == {"images"} else folder
-    if any(image.parent == root for image in images):
-        raise UserError(
-            f"{root}: has images beside class folders; sort them all into folders, or list them in {METADATA}"
+    for image in listing.images:
+        captions, note = image.captions, image.note
+        if image.text is not None:
+            captions, note = _read_text(folder / image.text), "its .txt is empty"
+        label = image.label
+        if isinstance(label, str):
+            assert names is not None
+            label = names.index(label)
+        path = None if image.file is None else folder / image.file
+        entries.append(
+            Entry(image.key, path, captions, -1 if label is None else label, note, image.licence, image.source)
         )
-    names = tuple(sorted({image.relative_to(root).parts[0] for image in images}))
-    entries = []
+    return Source(folder, listing.layout, entries, names, listing.merged_rows)
+
+
+def list_images(url: str, layout: str | None = None) -> Listing:
+    """List the images of a folder.
+
+    Args:
+        url: path or fsspec URL.
+        layout: one of `LAYOUTS`; absent: found out.
+
+    Raises:
+        UserError: no images, or rows that cannot be used.
+        StorageError: storage does not answer.
+    """
+    assert layout is None or layout in LAYOUTS
+    folder = _Folder(url)
+    if layout == METADATA or (layout is None and folder.has(METADATA)):
+        return _from_metadata(folder)
+    names = folder.names()
+    images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+    if layout is None:
+        known = set(names)
+        layout = "texts" if any(_text_of(image) in known for image in images) else "classes"
+    if not images:
+        raise UserError(f"{url}: no {METADATA} and no {', '.join(SUFFIXES)}; see `loupe data build --help`")
+    return _from_pairs(images, set(names)) if layout == "texts" else _from_classes(url, images)
+
+
+class _Folder:
+    """Files by their names within a folder, at a path or URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._fs, root = filesystem(self.url)
+        self._root = root.rstrip("/")
+        self.is_local = is_local(self._fs)
+        self._names: list[str] | None = None
+        self._known: set[str] = set()
+
+    def names(self) -> list[str]:
+        """Of all files, however deep, in the order of their paths' parts."""
+        if self._names is None:
+            found = self._walk() if self.is_local else self._find()
+            self._names = sorted(found, key=lambda name: name.split("/"))
+            self._known = set(found)
+        return self._names
+
+    def _walk(self) -> list[str]:
+        found: list[str] = []
+
+        def refuse(error: OSError) -> None:
+            raise UserError(f"{error.filename or self.url}: cannot be read ({error.strerror})") from None
+
+        for folder, _, files in os.walk(self._root, onerror=refuse):
+            # Plain files only: who opens a pipe of such a name waits for ever.
+            of_use = [f for f in files if f.lower().endswith((*SUFFIXES, ".txt")) and os.path.isfile(f"{folder}/{f}")]
+            inside = os.path.relpath(folder, self._root).replace(os.sep, "/")
+            found += of_use if inside == "." else [f"{inside}/{file}" for file in of_use]
+        return found
+
+    def _find(self) -> list[str]:
+        def find() -> list[str]:
+            self._fs.invalidate_cache()
+            return list(self._fs.find(self._root))
+
+        # Listing is paged: a deadline for one answer would be too short for a million names.
+        found = within(find, 12 * READ_DEADLINE_S, f"list {self.url}")
+        return [path[len(self._root) :].lstrip("/") for path in found if path.startswith(f"{self._root}/")]
+
+    def has(self, name: str) -> bool:
+        if self.is_local:
+            return os.path.isfile(f"{self._root}/{name}")
+        if self._names is None and name == METADATA:
+            return within(lambda: bool(self._fs.isfile(f"{self._root}/{name}")), READ_DEADLINE_S, f"look for {name}")
+        self.names()
+        return name in self._known
+
+
+def _text_of(image: str) -> str:
+    return str(PurePosixPath(image).with_suffix(".txt"))
+
+
+def _from_pairs(images: Sequence[str], names: set[str]) -> Listing:
+    listed = []
     for image in images:
-        name = image.relative_to(root).parts[0]
-        entries.append(Entry(image.relative_to(folder).as_posix(), image, (_words(name),), names.index(name)))
-    return Source(folder, "classes", entries, class_names=names)
+        text = _text_of(image)
+        has_text = text in names
+        note = "its .txt is empty" if has_text else "no .txt of the same name"
+        listed.append(Listed(image, image, text=text if has_text else None, note=note))
+    return Listing("texts", listed)
+
+
+def _from_classes(url: str, images: Sequence[str]) -> Listing:
+    """The class is the folder at the top, or below `images/` where that is the only one, or below ImageNet's `train/`."""
+    if stray := [image for image in images if "/" not in image]:
+        raise UserError(f"{url}/{stray[0]}: has no text; put one of the same name with .txt beside it, list the images in "
+                        f"{METADATA}, or sort them into a folder per class")  # fmt: skip
+    tops = {image.partition("/")[0] for image in images}
+    num_found = len(images)
+    training = [image for image in images if image.startswith("train/")]
+    if training and tops <= _SPLITS and all(image.count("/") > 1 for image in training):
+        images, tops = training, {"train"}
+        root, depth = f"{url}/train", 1
+    else:
+        depth = 1 if tops == {"images"} else 0
+        root = f"{url}/images" if depth else url
+    listed = []
+    for image in images:
+        parts = image.split("/")
+        if len(parts) < depth + 2:
+            raise UserError(
+                f"{root}: has images beside class folders; sort them all into folders, or list them in {METADATA}"
+            )
+        listed.append(Listed(image, image, (words(parts[depth]),), label=parts[depth]))
+    return Listing("classes", listed, left_out=num_found - len(images))
+
+
+def _read_text(path: Path) -> tuple[str, ...]:
+    try:
+        return clean(path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 ({e.reason}); save it as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{e.filename or path}: cannot be read ({e.strerror})") from None
 
 
 # ------------------------------------------------------------------------------------------------------- metadata.jsonl
@@ -114,14 +259,18 @@ class _Row:
     captions: list[str]
     label: str | int | None
     where: str
+    licence: str | None
+    source: str | None
 
 
-def _from_metadata(folder: Path) -> Source:
+def _from_metadata(folder: _Folder) -> Listing:
     rows: dict[str, _Row] = {}
     merged = 0
-    for where, row in _read_rows(folder / METADATA):
+    for where, row in _read_rows(f"{folder.url}/{METADATA}"):
         file_name = _file_name(row, where)
-        new = _Row(_captions(row, where), _label(row, where), where)
+        new = _Row(
+            _captions(row, where), _label(row, where), where, first_text(row, _LICENCE), first_text(row, _SOURCE)
+        )
         known = rows.setdefault(file_name, new)
         if known is not new:  # some sets have a row for each caption
             if new.label != known.label:
@@ -129,37 +278,42 @@ def _from_metadata(folder: Path) -> Source:
             known.captions += [caption for caption in new.captions if caption not in known.captions]
             merged += 1
     if not rows:
-        raise UserError(f"{folder / METADATA}: has no rows")
-    class_names = _class_names(rows)
-    entries = []
+        raise UserError(f"{folder.url}/{METADATA}: has no rows")
+    listed = []
     for file_name, known in rows.items():
-        label = known.label
-        captions = known.captions or ([_words(label)] if isinstance(label, str) else [])
-        if isinstance(label, str):
-            assert class_names is not None
-            label = class_names.index(label)
-        path = next((p for p in (folder / file_name, folder / "images" / file_name) if p.is_file()), None)
-        entries.append(Entry(file_name, path, tuple(captions), -1 if label is None else label))
-    return Source(folder, METADATA, entries, class_names, merged)
+        captions = known.captions or ([words(known.label)] if isinstance(known.label, str) else [])
+        file = next((name for name in (file_name, f"images/{file_name}") if folder.has(name)), None)
+        note = "" if file else "no such file"
+        listed.append(Listed(file_name, file, tuple(captions), None, known.label, note, known.licence, known.source))
+    _class_names(listed)
+    return Listing(METADATA, listed, merged)
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_rows(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line for errors, row) of each line that is not blank."""
-    with open(path, encoding="utf-8") as file:
-        number = 0
-        try:
-            while line := file.readline(_MAX_LINE_CHARACTERS):
-                number += 1
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: not a JSON object; write one a line")
-                yield f"{path}:{number}", row
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}:{number + 1}: not UTF-8 ({e.reason}); save it as UTF-8") from None
-        except (json.JSONDecodeError, RecursionError) as e:
-            raise UserError(f"{path}:{number}: not JSON ({e}); write one object a line") from None
+    for number, (_, line) in enumerate(RangeReader(url).lines(0, _MAX_LINE_BYTES), start=1):
+        if line is not None and not line.strip():
+            continue
+        yield f"{url}:{number}", parse_row(line, f"{url}:{number}")
+
+
+def parse_row(line: bytes | None, where: str) -> dict[str, Any]:
+    """A line of JSON; None: one that was too long.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    if line is None:
+        raise UserError(f"{where}: longer than {_MAX_LINE_BYTES} bytes; write one object a line")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 ({e.reason}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON ({e}); write one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object; write one a line")
+    return row
 
 
 def _file_name(row: dict[str, Any], where: str) -> str:
@@ -180,7 +334,7 @@ def _captions(row: dict[str, Any], where: str) -> list[str]:
         captions = [captions]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise UserError(f"{where}: captions must be a list of texts, or text a text")
-    return list(_clean(captions))
+    return list(clean(captions))
 
 
 def _label(row: dict[str, Any], where: str) -> str | int | None:
@@ -192,19 +346,33 @@ def _label(row: dict[str, Any], where: str) -> str | int | None:
     return label
 
 
-def _class_names(rows: dict[str, _Row]) -> tuple[str, ...] | None:
-    kinds = {type(row.label) for row in rows.values() if row.label is not None}
+def _class_names(images: Sequence[Listed]) -> tuple[str, ...] | None:
+    kinds = {type(image.label) for image in images if image.label is not None}
     if len(kinds) > 1:
         raise UserError(f"{METADATA}: labels are names in some rows and numbers in others; use one")
     if kinds != {str}:
         return None
-    return tuple(sorted({row.label for row in rows.values() if isinstance(row.label, str)}))
+    return tuple(sorted({image.label for image in images if isinstance(image.label, str)}))
 
 
-def _clean(texts: Sequence[str]) -> tuple[str, ...]:
-    stripped = (" ".join(text.split()) for text in texts)
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def clean(texts: Sequence[str]) -> tuple[str, ...]:
+    """Each on one line with single spaces, fit for UTF-8, without empty ones and repetitions."""
+    stripped = (" ".join(text.encode("utf-8", "replace").decode().replace("\0", " ").split()) for text in texts)
     return tuple(dict.fromkeys(text for text in stripped if text))
 
 
-def _words(name: str) -> str:
+def first_text(row: dict[str, Any], names: Sequence[str], max_characters: int = 1000) -> str | None:
+    """The first of these fields that is a text and not blank."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, str) and (text := "".join(clean([value[:max_characters]]))):
+            return text
+    return None
+
+
+def words(name: str) -> str:
+    """Of a class folder's name."""
     return " ".join(name.replace("_", " ").replace("-", " ").split())
