@@ -20,6 +20,9 @@ from trainer.errors import UserError
 from trainer.models.codebook import nearest_codes
 from trainer.models.codec_files import CLASSES, Autoencoder, load_weights, meta_autoencoder
 
+LOG_VARIANCES = (-30.0, 20.0)
+"""Bounds of the logarithm of a posterior's variance, diffusers' `DiagonalGaussianDistribution`'s."""
+
 
 class Codec(nn.Module):
     """A frozen autoencoder with the scale and shift of its own config. Always in eval mode, without gradients.
@@ -64,6 +67,16 @@ class Codec(nn.Module):
         return next(self.vae.parameters()).dtype
 
     @property
+    def has_posterior(self) -> bool:
+        """Whether the encoder gives means and variances, and not the latents alone."""
+        return not isinstance(self.vae, VQModel | AutoencoderTiny)
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """All that latents follow from, by name: codecs that differ in their decoders alone have the same."""
+        state = self.vae.state_dict()
+        return {name: state[name] for name in sorted(state) if name.startswith(("encoder.", "quant_conv."))}
+
+    @property
     def codes_KC(self) -> Tensor | None:
         """The codebook, in raw latents, where there is one."""
         return self.vae.quantize.embedding.weight if isinstance(self.vae, VQModel) else None
@@ -85,6 +98,15 @@ class Codec(nn.Module):
         """Mean of the posterior, unscaled; a tiny autoencoder's one output. Sides are multiples of `downsampling`."""
         assert all(side % self.downsampling == 0 for side in images_BCHW.shape[-2:]), tuple(images_BCHW.shape)
         return self._parts.encode(images_BCHW.to(self.dtype))
+
+    def encode_moments(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 2C, h, w): means of the posterior, unscaled, then the logarithms of its variances, bounded as diffusers has it.
+        Only where `has_posterior`."""
+        assert self.has_posterior, type(self.vae).__name__
+        assert isinstance(self._parts, _KLParts)
+        assert all(side % self.downsampling == 0 for side in images_BCHW.shape[-2:]), tuple(images_BCHW.shape)
+        mean_BCHW, log_variance_BCHW = self._parts.moments(images_BCHW.to(self.dtype)).chunk(2, dim=1)
+        return torch.cat([mean_BCHW, log_variance_BCHW.clamp(*LOG_VARIANCES)], dim=1)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         return self.raw_to_scaled(self.encode_raw(images_BCHW))
@@ -192,10 +214,13 @@ class _KLParts:
             scales.append(scales[-1] * (1 if block.upsamplers is None else 2))
         return tuple(scales)
 
-    def encode(self, images_BCHW: Tensor) -> Tensor:
+    def moments(self, images_BCHW: Tensor) -> Tensor:
+        """Means and log variances; of a `VQModel` its one output."""
         h: Tensor = self.vae.encoder(images_BCHW)
-        if self.vae.quant_conv is not None:
-            h = self.vae.quant_conv(h)
+        return h if self.vae.quant_conv is None else self.vae.quant_conv(h)
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        h = self.moments(images_BCHW)
         return h if isinstance(self.vae, VQModel) else h.chunk(2, dim=1)[0]
 
     def stages(self) -> list[list[nn.Module]]:

@@ -6,7 +6,7 @@ states are known.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,12 +145,14 @@ class FrozenText(TextEncoder):
         captions: Sequence[str | None],
         labels: Sequence[int] | None = None,
         dropped: Sequence[Sequence[bool]] = (),
+        known: Sequence[Mapping[str, tuple[Tensor, Tensor | None]]] = (),
     ) -> FrozenInput:
         """Tokens of what each encoder has to encode, and the states that are known already.
 
         Args:
             captions: None is the null condition for all encoders.
             dropped: `dropped[i][b]`: encoder i does not see caption b, and is given its null condition.
+            known: `known[i]`: captions that encoder i need not encode, with the states that it gave for them.
         """
         del labels
         assert not dropped or len(dropped) == len(self.encoders), f"{len(dropped)} of {len(self.encoders)} encoders"
@@ -158,7 +160,7 @@ class FrozenText(TextEncoder):
         inputs, cut = [], set[int]()
         for i, encoder in enumerate(self._encoders()):
             given = _captions_of(encoder.config, captions, dropped[i] if dropped else [False] * len(captions))
-            prepared, cut_here = self._prepare(i, encoder, given)
+            prepared, cut_here = self._prepare(i, encoder, given, known[i] if known else {})
             inputs.append(prepared)
             cut |= {b for b, caption in enumerate(given) if caption in cut_here}
         return FrozenInput(tuple(inputs), len(cut))
@@ -183,11 +185,17 @@ class FrozenText(TextEncoder):
     def _encoders(self) -> list[FrozenEncoder]:
         return [encoder for encoder in self.encoders if isinstance(encoder, FrozenEncoder)]
 
-    def _prepare(self, i: int, encoder: FrozenEncoder, given: Sequence[str | None]) -> tuple[EncoderInput, set[str]]:
+    def _prepare(
+        self, i: int, encoder: FrozenEncoder, given: Sequence[str | None],
+        stored: Mapping[str, tuple[Tensor, Tensor | None]],
+    ) -> tuple[EncoderInput, set[str]]:  # fmt: skip
         """The input for what each sample is given, None being zeros; and the captions that were cut."""
         config = encoder.config
         captions = list(dict.fromkeys(caption for caption in given if caption is not None))
-        states = [self.cache.get(i, caption) if self.cache else None for caption in captions]
+        states = [
+            States(*stored[caption]) if caption in stored else self.cache.get(i, caption) if self.cache else None
+            for caption in captions
+        ]
         known = {caption: found for caption, found in zip(captions, states, strict=True) if found}
         unknown = tuple(caption for caption in captions if caption not in known)
 
@@ -202,7 +210,7 @@ class FrozenText(TextEncoder):
         known_KLT = torch.zeros(len(known), num_tokens, config.width, dtype=dtype)
         for row, found in zip(known_KLT, known.values(), strict=True):
             row[: len(found.tokens_LT)] = found.tokens_LT
-        pools = [found.pooled_P for found in known.values() if found.pooled_P is not None]
+        pools = [found.pooled_P.to(dtype) for found in known.values() if found.pooled_P is not None]
 
         row_of: dict[str | None, int] = {caption: row for row, caption in enumerate(ordered)}
         row_of[None] = len(ordered)

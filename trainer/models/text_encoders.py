@@ -4,7 +4,7 @@ B batch, L tokens, T width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,8 +59,10 @@ class TextEncoder(nn.Module, ABC):
         captions: Sequence[str | None],
         labels: Sequence[int] | None = None,
         dropped: Sequence[Sequence[bool]] = (),
+        known: Sequence[Mapping[str, tuple[Tensor, Tensor | None]]] = (),
     ) -> TextInput:
-        """Tokens of captions, or of the samples' labels, on the host. `dropped[i][b]`: encoder i does not see caption b."""
+        """Tokens of captions, or of the samples' labels, on the host. `dropped[i][b]`: encoder i does not see caption b.
+        `known[i]`: of some captions what the frozen encoder i gives for them, token states (L, T) and pooled output (P,)."""
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -114,9 +116,10 @@ class ByteEncoder(TextEncoder):
         captions: Sequence[str | None],
         labels: Sequence[int] | None = None,
         dropped: Sequence[Sequence[bool]] = (),
+        known: Sequence[Mapping[str, tuple[Tensor, Tensor | None]]] = (),
     ) -> TokenInput:
         """Bytes behind a begin token, padded to (B, max_bytes + 1); the null caption is the begin token alone."""
-        del labels, dropped
+        del labels, dropped, known
         ids = torch.full((len(captions), self.max_bytes + 1), self.PADDING)
         ids[:, 0] = self.BEGIN
         num_cut = 0
@@ -158,9 +161,10 @@ class ClassEncoder(TextEncoder):
         captions: Sequence[str | None],
         labels: Sequence[int] | None = None,
         dropped: Sequence[Sequence[bool]] = (),
+        known: Sequence[Mapping[str, tuple[Tensor, Tensor | None]]] = (),
     ) -> TokenInput:
         """Labels of the samples; where no labels are given, as for prompts, a caption is the class's number."""
-        del dropped
+        del dropped, known
         chosen: list[int] = []
         for i, caption in enumerate(captions):
             if caption is None:
