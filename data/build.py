@@ -1,38 +1,50 @@
-"""Build a dataset from a folder of images: read, shrink if asked, write MDS shards, publish.
+"""Build a dataset from a folder of images in one process: read, shrink if asked, write MDS shards, publish.
 
 A folder becomes a dataset by one rename when all of it is on disk, so a killed build leaves nothing that looks whole.
-To a URL the shards go first and `dataset.json`, without which nobody opens it, last.
+To a URL the shards go first and `dataset.json`, without which nobody opens it, last. What the stages before it have written is
+built by data.mdsbuild, with as many workers as one likes.
 """
 
+import heapq
 import json
-import os
 import shutil
-import tempfile
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import simplejpeg
+import xxhash
+from numpy.typing import NDArray
 
+from data.buckets import nearest
+from data.card import GRID_COLUMNS, GRID_ROWS, Card, grid
 from data.images import ImageError, image_format, read_image
 from data.mds import mds
+from data.provenance import Record
+from data.publish import check_free, check_writable, publish, temporary_folder
 from data.schema import (
     COLUMNS,
     DATASET,
     HASH,
     INDEX,
+    LABELS,
     MAX_SHARD_BYTES,
+    ORIGINAL,
     REJECTED,
+    Bucket,
     DatasetInfo,
     Resize,
+    Shard,
     index_digest,
     parse_index,
 )
 from data.source import Entry, Source
+from data.stats import STATS, Statistics
 from data.storage import Storage
 from data.transforms import shrink_short_side
 from trainer.errors import UserError
@@ -67,6 +79,7 @@ def build(
     shard_mib: int = 64,
     max_samples: int | None = None,
     order_seed: int | None = None,
+    aspects: Mapping[str, float] | None = None,
     overwrite: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> Built:
@@ -76,6 +89,7 @@ def build(
         resize: what to do to the images; by default nothing, the files' bytes are kept.
         max_samples: stop after so many.
         order_seed: put the images in an order drawn from it; absent: the source's.
+        aspects: sort images into buckets of these shapes, width / height by name; absent or empty: not.
         overwrite: replace a dataset that is there.
         progress: called after each image.
 
@@ -87,18 +101,25 @@ def build(
         raise UserError(f"--shard-mib: {shard_mib} is not between 1 and 4095")
     storage = Storage(out)
     for images in (source.folder, *source.more_folders):
-        _check_free(storage, images, overwrite)
-    with _temporary_folder(storage) as folder:
+        check_free(storage, images, overwrite)
+    check_writable(storage)
+    with temporary_folder(storage) as folder:
         rejected: list[Rejected] = []
-        samples = _samples(source.ordered(order_seed), resize, shard_mib << 20, rejected, progress)
-        num_samples = _write_shards(folder, samples, shard_mib << 20, max_samples)
-        if not num_samples:
+        tally = _Tally(source.class_names, aspects or {})
+        samples = tally.counted(_samples(source.ordered(order_seed), resize, shard_mib << 20, rejected, progress))
+        if aspects:
+            buckets = _write_buckets(folder, samples, shard_mib << 20, max_samples, aspects)
+        else:
+            buckets = ()
+            _write_shards(folder, samples, shard_mib << 20, max_samples)
+        if not tally.stats.samples:
             why = f"all {len(rejected)} rejected, the first as {rejected[0].reason}" if rejected else "none"
             raise UserError(f"{source.folder}: no usable image ({why}); see `loupe data build --help` for the layouts")
         index = (folder / INDEX).read_bytes()
+        labels = tally.all_labels([bucket.name for bucket in buckets])
         info = DatasetInfo(
             name=name,
-            num_samples=num_samples,
+            num_samples=tally.stats.samples,
             index_digest=index_digest(index),
             resize=resize,
             order_seed=order_seed,
@@ -106,14 +127,74 @@ def build(
             notice=_copy_notices(source, folder),
             rejected=dict(sorted(Counter(r.reason for r in rejected).items())),
             merged_rows=source.merged_rows,
+            buckets=buckets,
+            labels=LABELS if labels is not None else None,
+            labels_xxh64=xxhash.xxh64(labels.tobytes()).hexdigest() if labels is not None else None,
+            licences=tally.stats.known_licences,
         )
+        if labels is not None:
+            (folder / LABELS).write_bytes(labels.tobytes())
         if rejected:
             lines = (json.dumps(vars(r), ensure_ascii=False) + "\n" for r in rejected)
             (folder / REJECTED).write_text("".join(lines), encoding="utf-8")
+        (folder / STATS).write_text(tally.stats.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        shards = parse_index(index, source=INDEX)
+        for file, content in _card(source, info, tally, shards).files().items():
+            (folder / file).write_bytes(content)
         (folder / DATASET).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in folder.iterdir())
-        _publish(folder, storage, overwrite)
-    return Built(info, len(parse_index(index, source=INDEX)), num_bytes, rejected)
+        publish(folder, storage, overwrite)
+    return Built(info, len(shards), num_bytes, rejected)
+
+
+class _Tally:
+    """What is counted of samples on their way into shards."""
+
+    def __init__(self, class_names: Sequence[str] | None, aspects: Mapping[str, float]) -> None:
+        self.stats = Statistics()
+        self._class_names, self._aspects = class_names, aspects
+        self._labels: dict[str, array[int]] = {}
+        """By bucket, in order."""
+        self._shown: list[tuple[int, str, bytes]] = []
+        """(minus the hash of the key, key, image) of those with the smallest hashes, as a heap."""
+
+    def counted(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Each with its bucket."""
+        for sample in samples:
+            label, (height, width) = sample["label"], sample["shape"]
+            sample["bucket"] = nearest(width, height, self._aspects) if self._aspects else ""
+            self._labels.setdefault(sample["bucket"], array("i")).append(label)
+            self.stats.add(
+                key=sample["key"], width=width, height=height, num_bytes=len(sample["image"]), kind=sample["kind"],
+                captions={ORIGINAL: sample["captions"]}, licence=sample["licence"],
+                class_name=self._class_names[label] if self._class_names and label >= 0 else None,
+            )  # fmt: skip
+            place = (-xxhash.xxh3_64_intdigest(sample["key"]), sample["key"], sample["image"])
+            (heapq.heappush if len(self._shown) < GRID_COLUMNS * GRID_ROWS else heapq.heappushpop)(self._shown, place)
+            yield sample
+
+    def all_labels(self, buckets: Sequence[str]) -> NDArray[np.int32] | None:
+        """Little-endian, by row; None where no sample has one."""
+        parts = [np.array(self._labels[bucket], dtype="<i4") for bucket in buckets or [""]]
+        labels = np.concatenate(parts)
+        return labels if (labels >= 0).any() else None
+
+    def samples_of(self, bucket: str) -> int:
+        return len(self._labels[bucket])
+
+    def shown(self) -> list[bytes]:
+        return [image for _, _, image in sorted(self._shown, reverse=True)]
+
+
+def _card(source: Source, info: DatasetInfo, tally: _Tally, shards: Sequence[Shard]) -> Card:
+    how = {"layout": source.layout, **info.resize.model_dump(exclude_none=True)}
+    counts = {"read": len(source.entries), "kept": info.num_samples}
+    return Card(
+        info, tally.stats, len(shards), sum(shard.num_bytes for shard in shards),
+        bucket_samples=[(bucket.name, tally.samples_of(bucket.name)) for bucket in info.buckets],
+        records=[Record("build", how, {"images": counts})], notices=[name for name, _ in _notices(source)],
+        grid=grid(tally.shown()),
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- samples
@@ -158,7 +239,11 @@ def _sample(entry: Entry, resize: Resize) -> dict[str, Any]:
     shrunk_HWC = shrink_short_side(pixels_HWC, resize.short_side) if resize.short_side else pixels_HWC
     if shrunk_HWC is not pixels_HWC or target != kind:
         data = _encode(shrunk_HWC, target, resize.quality or 90)
-    return {"key": entry.key, "image": data, "captions": list(entry.captions), "label": entry.label}
+    return {
+        "key": entry.key, "image": data, "captions": list(entry.captions), "label": entry.label,
+        # No columns: these are counted, and decide the bucket.
+        "shape": shrunk_HWC.shape[:2], "kind": target, "licence": entry.licence,
+    }  # fmt: skip
 
 
 def _encode(image_HWC: Any, kind: str, quality: int) -> bytes:
@@ -172,8 +257,7 @@ def _encode(image_HWC: Any, kind: str, quality: int) -> bytes:
 
 def _write_shards(folder: Path, samples: Iterator[dict[str, Any]], shard_bytes: int, max_samples: int | None) -> int:
     """Shards and index.json into `folder`; returns the number of samples."""
-    # Not as a context manager: on an error that would still write the index of what there is.
-    writer = mds().Writer(columns=COLUMNS, out=str(folder), hashes=[HASH], size_limit=shard_bytes)
+    writer = _writer(folder, shard_bytes)
     count = 0
     try:
         for sample in samples:
@@ -188,118 +272,60 @@ def _write_shards(folder: Path, samples: Iterator[dict[str, Any]], shard_bytes: 
     return count
 
 
+def _write_buckets(
+    folder: Path,
+    samples: Iterator[dict[str, Any]],
+    shard_bytes: int,
+    max_samples: int | None,
+    aspects: Mapping[str, float],
+) -> tuple[Bucket, ...]:
+    """As `_write_shards`, with a writer for each bucket that has images; their shards follow one another."""
+    writers: dict[str, Any] = {}
+    count = 0
+    try:
+        for sample in samples:
+            bucket = sample["bucket"]
+            if bucket not in writers:
+                writers[bucket] = _writer(folder / f"bucket{len(writers)}", shard_bytes)
+            writers[bucket].write(sample)
+            count += 1
+            if count == max_samples:
+                break
+    except BaseException:
+        for writer in writers.values():
+            writer.cancel_future_jobs()
+        raise
+    entries: list[dict[str, Any]] = []
+    buckets: list[Bucket] = []
+    for name, aspect in aspects.items():
+        if name not in writers:
+            continue
+        writer = writers[name]
+        writer.finish()
+        buckets.append(Bucket(name=name, aspect=aspect, first_shard=len(entries), num_shards=len(writer.shards)))
+        for entry in writer.shards:
+            final = f"shard.{len(entries):05d}.mds"
+            (Path(writer.local) / entry["raw_data"]["basename"]).rename(folder / final)
+            entries.append({**entry, "raw_data": {**entry["raw_data"], "basename": final}})
+        shutil.rmtree(writer.local)
+    (folder / INDEX).write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+    return tuple(buckets)
+
+
+def _writer(folder: Path, shard_bytes: int) -> Any:
+    # Not used as a context manager: on an error that would still write the index of what there is.
+    return mds().Writer(columns=COLUMNS, out=str(folder), hashes=[HASH], size_limit=shard_bytes)
+
+
 def _copy_notices(source: Source, folder: Path) -> str | None:
     """The source's licence files, as they are and as one text."""
     texts = []
-    for path in source.notices():
-        name = f"{path.parent.name}-{path.name}" if source.more_folders else path.name
+    for name, path in _notices(source):
         shutil.copyfile(path, folder / name)
         texts.append(path.read_text(encoding="utf-8", errors="replace").strip())
     return "\n\n".join(texts) or None
 
 
-# -------------------------------------------------------------------------------------------------------------- publish
-
-
-def _check_free(storage: Storage, source: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        UserError: `out` is taken, is not a dataset that may be replaced, or overlaps the source.
-    """
-    if storage.is_local:
-        out, images = Path(storage.root).resolve(), source.resolve()
-        if out.is_relative_to(images) or images.is_relative_to(out):
-            raise UserError(f"{storage.url}: overlaps the source {source}; name a folder elsewhere")
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{storage.url}: is a file; name a folder")
-    names = file_names(storage)
-    if not names:
-        return
-    if INDEX not in names and DATASET not in names:
-        raise UserError(f"{storage.url}: holds other files and no dataset; name a new folder")
-    if not overwrite:
-        raise UserError(
-            f"{storage.url}: holds a dataset already; add --overwrite to replace it, or name another folder"
-        )
-
-
-def file_names(storage: Storage) -> list[str]:
-    storage.fs.invalidate_cache()
-    try:
-        return [os.path.basename(path.rstrip("/")) for path in storage.fs.ls(storage.root, detail=False)]
-    except FileNotFoundError:
-        return []
-
-
-@contextmanager
-def _temporary_folder(storage: Storage) -> Iterator[Path]:
-    """Beside a local `out`, so that a rename publishes it; removed if it was not."""
-    if storage.is_local:
-        out = Path(storage.root)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        except OSError as e:
-            raise UserError(f"{storage.url}: cannot be written ({e.strerror}); name a writable folder") from None
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="loupe-build-"))
-    try:
-        yield folder
-    except OSError as e:
-        if e.filename is not None and not str(e.filename).startswith(str(folder)):
-            raise
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); free space or name another folder") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, storage: Storage, overwrite: bool) -> None:
-    if storage.is_local:
-        _publish_local(folder, Path(storage.root), overwrite)
-    else:
-        _upload(folder, storage)
-
-
-def _publish_local(folder: Path, out: Path, overwrite: bool) -> None:
-    for file in folder.iterdir():
-        _flush(file)
-    _flush(folder)
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)  # mkdtemp's is private
-    if overwrite and out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-        os.rename(out, old / out.name)
-        os.rename(folder, out)
-        shutil.rmtree(old)
-    else:
-        try:
-            os.rename(folder, out)  # replaces an empty folder
-        except OSError as e:
-            raise UserError(f"{out}: was made by another process meanwhile ({e.strerror}); add --overwrite") from None
-    _flush(out.parent)
-
-
-def _upload(folder: Path, storage: Storage) -> None:
-    """Shards first, `dataset.json` last; what opens the old dataset is removed before its shards are replaced."""
-    old = file_names(storage)
-    for name in (DATASET, INDEX):
-        if name in old:
-            storage.fs.rm_file(storage.path(name))
-    files = sorted((file for file in folder.iterdir()), key=lambda f: (f.name == DATASET, f.name == INDEX, f.name))
-    storage.fs.makedirs(storage.root, exist_ok=True)
-    for file in files:
-        storage.put(file, file.name)
-    new = {file.name for file in files}
-    for name in old:
-        if name.endswith(".mds") and name not in new:
-            storage.fs.rm_file(storage.path(name))
-
-
-def _flush(path: Path) -> None:
-    """To disk, file or folder, so that a power cut after the rename finds it whole."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _notices(source: Source) -> list[tuple[str, Path]]:
+    """By the names that they get."""
+    return [(f"{p.parent.name}-{p.name}" if source.more_folders else p.name, p) for p in source.notices()]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.build import file_names
+from data.publish import file_names
 from data.source import Entry, Source
 from data.storage import Storage
 from trainer.errors import UserError
