@@ -7,7 +7,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos lpips demo-autoencoder test lint types format lock clean golden test-long test-gpu
+.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-long test-gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -28,6 +28,10 @@ photos: setup ## the demo's model on a folder of captioned photos: make photos P
 	@test -n "$(PHOTOS)" || { echo 'say which: make photos PHOTOS=FOLDER'; exit 2; }
 	$(BIN)/loupe data build $(PHOTOS) runs/photos-data --overwrite
 	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --cpu --fresh
+
+data-chain: setup ## raw tars to 50 training steps from an S3 server: make data-chain PHOTOS=FOLDER FACES=yunet.onnx CAPTIONER=FOLDER
+	@test -n "$(PHOTOS)" -a -n "$(FACES)" -a -n "$(CAPTIONER)" || { echo 'say PHOTOS=FOLDER FACES=FILE CAPTIONER=FOLDER'; exit 2; }
+	$(PY) -m ops.data_chain $(PHOTOS) --faces $(FACES) --captioner $(CAPTIONER)
 
 lpips: setup ## fetch LPIPS's weights (shift-tolerant AlexNet, BSD-2) into models/stlpips
 	$(PY) -m ops.fetch_lpips
