@@ -1,9 +1,11 @@
-"""Image files to pixels: bounded before decoding, and right for rotated, grey, CMYK and transparent ones.
+"""Image files to pixels: bounded before decoding, and right for rotated, grey, CMYK and transparent ones and for those with
+a colour profile.
 
 simplejpeg decodes JPEG and shrinks in the DCT domain (2.3x Pillow's speed at 512 to 256 px); Pillow does the rest.
 """
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data.colour import array_as_srgb, as_srgb
 from trainer.errors import one_line
 
 MAX_PIXELS = 1 << 26
@@ -18,6 +21,7 @@ MAX_PIXELS = 1 << 26
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
+_TIFF_SHORT = 3
 
 
 class ImageError(Exception):
@@ -54,7 +58,7 @@ def read_image(data: bytes, *, min_side: int | None = None) -> NDArray[np.uint8]
         min_side: a JPEG may be decoded at 1/8 to 7/8 of its size, as long as both sides stay this long.
 
     Returns:
-        uint8 (H, W, 3); transparency is laid on white.
+        uint8 (H, W, 3) in sRGB; transparency is laid on white.
 
     Raises:
         ImageError: damaged, of another format, or of more than `MAX_PIXELS`.
@@ -75,9 +79,48 @@ def _read_jpeg(data: bytes, min_side: int | None) -> NDArray[np.uint8]:
         return _read_with_pillow(data)  # CMYK and YCCK, which Adobe stores inverted: Pillow knows
     shrink = {"min_height": min_side, "min_width": min_side} if min_side else {}
     image_HWC: Any = simplejpeg.decode_jpeg(data, "RGB", **shrink)
-    if b"Exif\x00\x00" in data:
-        image_HWC = _upright(image_HWC, Image.open(io.BytesIO(data), formats=_FORMATS).getexif().get(_ORIENTATION, 1))
-    return np.asarray(image_HWC)
+    exif, profile = _exif_and_profile(data)
+    if profile:
+        image_HWC = array_as_srgb(image_HWC, profile, is_grey=colorspace == "Gray")
+    return _upright(np.asarray(image_HWC), _orientation(exif)) if exif else np.asarray(image_HWC)
+
+
+def _exif_and_profile(data: bytes) -> tuple[bytes, bytes]:
+    """What stands before the pixels of a JPEG: EXIF as TIFF, and the colour profile; empty where there is none."""
+    exif, parts = b"", {}
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if marker in (0xDA, 0xD9):
+            break
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            exif = exif or data[at + 10 : end]
+        elif marker == 0xE2 and data[at + 4 : at + 16] == b"ICC_PROFILE\0":
+            parts[data[at + 16]] = data[at + 18 : end]
+        at = max(end, at + 2)
+    return exif, b"".join(parts[number] for number in sorted(parts))
+
+
+def _orientation(tiff: bytes) -> int:
+    """1 to 8; 1, upright, where it is not told. Read here because Pillow takes a fifth of a decode for it."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if not order:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, at)
+            if tag == _ORIENTATION and kind == _TIFF_SHORT:
+                (value,) = struct.unpack_from(f"{order}H", tiff, at + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # cut short
+        return 1
+    return 1
 
 
 def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
@@ -94,14 +137,20 @@ def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
 def _read_with_pillow(data: bytes) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
         _check_pixels(*file.size)
+        profile = file.info.get("icc_profile")
         image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        alpha = None
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return np.array(image.convert("RGB"))
+            alpha = image.getchannel("A")
+        if image.mode not in ("RGB", "L", "CMYK"):
+            image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+        image = as_srgb(image, profile)
+        if alpha:
+            image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+        return np.array(image)
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -7,17 +7,19 @@ caption follow from the stream position. So a run resumes at any step at once, a
 import atexit
 import ctypes
 import functools
+import math
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -25,70 +27,171 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
-from data import draws
-from data.images import ImageError, read_image
+from data.batches import Batch, BatchRequest, Decode, Failure, Steps, as_it_is, unwrap
+from data.counts import Sums
+from data.encode.stored import Stored
 from data.plan import SampleRef
+from data.prefetch import Prefetcher
 from data.reader import Dataset
-from data.schema import Sample
-from data.transforms import training_image
-from trainer.errors import UserError
+from data.slots import SlotRef, Slots
+from data.storage import DamagedShard, MissingShard
 
-_MAX_REPLACEMENTS = 8
-"""Undecodable replacements in a row for one sample; that many mean the dataset is at fault, not an image."""
-_DECODE_MARGIN = 2
-"""JPEGs are decoded no smaller than so many times the resolution. Area averaging then gives what it gives on the full
-image, to 33-43 dB on photos of 640 px at 64 to 256 px; without the margin 30-32 dB."""
 _POLL_S = 2.0
 """How often a wait for a batch looks whether the workers live."""
 _WORKER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Sent to a whole job; the trainer acts on them, and needs its workers until it has saved."""
 
 
-@dataclass(frozen=True)
-class BatchRequest:
-    """What one rank needs for one step."""
-
-    step: int
-    first_position: int
-    refs: tuple[SampleRef, ...]
-    """refs[i] stands at stream position first_position + i."""
-    resolution: int
-    """Side of the square images, in pixels."""
+BadShards = dict[tuple[str, int], str]
+"""(dataset, shard) to `missing_shard` or `damaged_shard`."""
 
 
-@dataclass(frozen=True)
-class Substitution:
-    """A sample that could not be decoded, and what took its place."""
-
-    position: int
-    bad: SampleRef
-    used: SampleRef
-    reason: str
-    """One of few words, fit to label a count."""
-
-
-@dataclass
-class Batch:
-    step: int
-    resolution: int
-    positions_B: torch.Tensor
-    """int64; places in the stream."""
-    images_BCHW: torch.Tensor
-    """uint8, RGB."""
-    captions: list[str]
-    labels_B: torch.Tensor
-    """int64; -1 where none."""
-    keys: list[str]
-    """dataset/key; names images in errors."""
-    substitutions: tuple[Substitution, ...]
-    """Made in this batch."""
+OF_SHARDS = (MissingShard.reason, DamagedShard.reason)
+"""Reasons of substitutions that are a shard's."""
 
 
 class LoaderError(RuntimeError):
     """Batches stopped coming: a worker died or hangs. Worth a restart."""
+
+
+class WorkerDied(LoaderError):
+    pass
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker is sent."""
+
+    step: int
+    bad_shards: tuple[tuple[tuple[str, int], str], ...]
+    """Not to be read, as far as they were agreed on when this was sent."""
+    given_back: tuple[SlotRef, ...] = ()
+    """Of the worker that gets this."""
+
+
+class _Tasks:
+    """The steps, in order; each told what is known when it is sent. DataLoader sends them to its workers in turns."""
+
+    def __init__(self, first: int, end: int, num_workers: int, bad_shards: BadShards) -> None:
+        self._steps, self._bad_shards = range(first, end), bad_shards
+        self._given_back: list[list[SlotRef]] = [[] for _ in range(max(num_workers, 1))]
+
+    def give_back(self, slot: SlotRef) -> None:
+        """Nobody reads it any more."""
+        self._given_back[slot.worker].append(slot)
+
+    def __iter__(self) -> Iterator[_Task]:
+        for i, step in enumerate(self._steps):
+            worker = i % len(self._given_back)
+            given_back, self._given_back[worker] = self._given_back[worker], []
+            yield _Task(step, tuple(self._bad_shards.items()), tuple(given_back))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+class _Maker(TorchDataset[Any]):
+    """Step to batch, with what comes before: shards on their way, and those that are left out. Runs in the workers."""
+
+    def __init__(
+        self, steps: Steps, datasets: dict[str, Dataset], request: Callable[[int], BatchRequest], prefetch_shards: int
+    ) -> None:
+        self._steps, self._datasets, self._request = steps, datasets, request
+        self._prefetch_shards = prefetch_shards
+        self._end = self._stride = 0
+        self._prefetcher: Prefetcher | None = None
+        self._slots: Slots | None = None
+        self._slot: SlotRef | None = None
+
+    def begin(self, end: int, num_workers: int) -> None:
+        """Before it is sent to workers that share the steps up to `end`, in turns."""
+        self._end, self._stride = end, max(num_workers, 1)
+
+    def __getitem__(self, task: _Task) -> "Batch | Failure | _Packed":
+        """In a worker."""
+        if self._slots is None:
+            worker = get_worker_info()
+            assert worker is not None
+            self._slots = Slots(worker.id)
+            self._steps.memory = self._memory
+        self._slots.give_back(task.given_back)
+        self._slot = None
+        made = self.make(task)
+        return _Packed.of(made, self._slot) if isinstance(made, Batch) else made
+
+    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=torch.uint8)
+        assert self._slots is not None
+        self._slot, tensor = self._slots.take(shape)
+        return tensor
+
+    def make(self, task: _Task) -> Batch | Failure:
+        for (name, shard_index), reason in task.bad_shards:
+            if name in self._datasets:
+                self._datasets[name].leave_out(shard_index, reason)
+        if self._prefetch_shards:
+            if self._prefetcher is None:
+                steps = range(task.step, self._end, self._stride)
+                self._prefetcher = Prefetcher(
+                    self._datasets, _copy(self._request), steps, max_shards=self._prefetch_shards
+                )
+            self._prefetcher.at(task.step)
+        made = self._steps[task.step]
+        if isinstance(made, Batch):
+            bad_shards: BadShards = {}
+            counts: Sums = {}
+            for name, dataset in self._datasets.items():
+                new, counted = dataset.news()
+                bad_shards |= {(name, shard_index): reason for shard_index, reason in new.items()}
+                for key, value in counted.items():
+                    counts[key] = counts.get(key, 0.0) + value
+            made.bad_shards, made.counts = bad_shards, counts
+        return made
+
+    def close(self) -> None:
+        if self._prefetcher:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch on its way: its small tensors are no tensors, each of which takes a connection between the processes."""
+
+    batch: Batch
+    slot: SlotRef | None
+    """That its images lie in."""
+    positions_B: NDArray[np.int64]
+    labels_B: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: Batch, slot: SlotRef | None) -> "_Packed":
+        none = torch.empty(0, dtype=torch.int64)
+        light = replace(batch, positions_B=none, labels_B=none)
+        return cls(light, slot, batch.positions_B.numpy(), batch.labels_B.numpy())
+
+    def unpacked(self, *, pin: bool) -> Batch:
+        """With images of its own."""
+        shared_BCHW = self.batch.images_BCHW
+        return replace(
+            self.batch,
+            images_BCHW=torch.empty(shared_BCHW.shape, dtype=torch.uint8, pin_memory=pin).copy_(shared_BCHW),
+            positions_B=torch.from_numpy(self.positions_B),
+            labels_B=torch.from_numpy(self.labels_B),
+        )
+
+
+def _copy(request: Callable[[int], BatchRequest]) -> Callable[[int], BatchRequest]:
+    """For another thread. Arrays are shared, as they are large and nobody writes to them."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(request, protocol=5, buffer_callback=buffers.append)
+    copied: Callable[[int], BatchRequest] = pickle.loads(data, buffers=buffers)  # noqa: S301  made in the line before
+    return copied
 
 
 class Loader:
@@ -102,20 +205,46 @@ class Loader:
         seed: int,
         random_crop: bool,
         flip_probability: float,
+        caption_weights: Mapping[str, float] | None = None,
         num_workers: int,
         prefetch_steps: int,
         timeout_s: float,
         substitutions: Mapping[SampleRef, SampleRef] | None = None,
+        stored: Stored | None = None,
+        decode: Decode = "balanced",
+        prefetch_shards: int = 0,
+        bad_shards: Mapping[tuple[str, int], str] | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """
         Args:
             request: what a step needs; called in the workers, so it must pickle when there are any.
+            caption_weights: of the kinds of captions; without any, all of a sample's captions are alike.
             num_workers: processes; 0 prepares batches in this one, where a stall has no deadline.
             prefetch_steps: batches that each worker prepares ahead.
             timeout_s: longest wait for a batch.
             substitutions: samples known to be bad and what stands for them, from a checkpoint; they are not read.
+            stored: columns that stand for images or captions; without any, those themselves.
+            decode: how exactly JPEGs are shrunk.
+            prefetch_shards: shards that each worker fetches before the step that needs them first.
+            bad_shards: (dataset, shard) not to be read, and why, from a checkpoint.
+            pin_memory: of images; for a copy to a CUDA device that nobody waits for.
         """
-        self._steps = _Steps(dict(datasets), request, seed, random_crop, flip_probability, dict(substitutions or {}))
+        self._datasets = dict(datasets)
+        self._bad_shards = dict(bad_shards or {})
+        self._pin_memory = pin_memory
+        steps = Steps(
+            self._datasets,
+            request,
+            seed=seed,
+            random_crop=random_crop,
+            flip_probability=flip_probability,
+            caption_weights=dict(caption_weights or {}),
+            substitutions=dict(substitutions or {}),
+            stored=stored,
+            decode=decode,
+        )
+        self._maker = _Maker(steps, self._datasets, request, prefetch_shards)
         self._num_workers, self._prefetch_steps, self._timeout_s = num_workers, prefetch_steps, timeout_s
         self._workers: list[BaseProcess] = []
         if num_workers:
@@ -126,19 +255,27 @@ class Loader:
 
         Raises:
             UserError: a dataset is damaged, or too many of its images are.
+            StorageError: storage does not answer.
             LoaderError: a worker died, or no batch came within the timeout.
         """
         self.close()
-        if not self._num_workers:
-            for step in range(first, end):
-                yield _unwrap(self._steps[step])
+        num_workers = min(self._num_workers, max(end - first, 1))
+        tasks = _Tasks(first, end, num_workers, self._bad_shards)
+        mapped: dict[SlotRef, torch.Tensor] = {}  # a slot stays mapped here, rather than page by page for each batch
+        self._maker.begin(end, num_workers)
+        if not num_workers:
+            try:
+                for task in tasks:
+                    yield unwrap(self._maker.make(task))
+            finally:
+                self._maker.close()
             return
-        loader: DataLoader[Batch | _Failure] = DataLoader(
-            self._steps,
+        loader: DataLoader[Batch | Failure | _Packed] = DataLoader(
+            self._maker,
             batch_size=None,
-            sampler=range(first, end),
-            collate_fn=_as_it_is,
-            num_workers=min(self._num_workers, max(end - first, 1)),
+            sampler=tasks,
+            collate_fn=as_it_is,
+            num_workers=num_workers,
             prefetch_factor=self._prefetch_steps,
             timeout=min(_POLL_S, self._timeout_s),
             worker_init_fn=_become_worker,
@@ -152,7 +289,15 @@ class Loader:
         atexit.register(kill)  # before multiprocessing's own exit, which would wait for them for ever
         try:
             for step in range(first, end):
-                yield _unwrap(self._next(batches, step, workers))
+                made = self._next(batches, step, workers)
+                if isinstance(made, _Packed):
+                    batch = made.unpacked(pin=self._pin_memory)
+                    if made.slot:
+                        mapped[made.slot] = made.batch.images_BCHW
+                        tasks.give_back(made.slot)
+                    yield batch
+                else:
+                    yield unwrap(made)
         finally:
             # What they still prepare nobody needs, and files they write are renamed when whole.
             kill()
@@ -171,7 +316,7 @@ class Loader:
                 for worker in workers:
                     if not worker.is_alive():
                         cause = _cause_of(worker.exitcode)
-                        raise LoaderError(f"step {step}: data worker {worker.pid} died ({cause}); see the log") from e
+                        raise WorkerDied(f"step {step}: data worker {worker.pid} died ({cause}); see the log") from e
                 if not str(e).startswith("DataLoader timed out"):
                     raise
                 if time.monotonic() >= deadline:
@@ -179,6 +324,10 @@ class Loader:
                         f"step {step}: no batch within data.timeout_s = {self._timeout_s:g} s; storage or a worker "
                         "hangs, or data.num_workers is too low"
                     ) from e
+
+    def leave_out(self, bad_shards: Mapping[tuple[str, int], str]) -> None:
+        """Shards that all ranks have agreed not to read; of steps that are asked for from now on."""
+        self._bad_shards |= bad_shards
 
     def close(self) -> None:
         """End the workers. Batches handed out stay valid."""
@@ -190,103 +339,6 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error that crosses from worker to trainer as a value: torch would wrap the message in a traceback."""
-
-    message: str
-
-
-def _unwrap(made: "Batch | _Failure") -> Batch:
-    if isinstance(made, _Failure):
-        raise UserError(made.message)
-    return made
-
-
-def _as_it_is(made: Any) -> Any:
-    return made
-
-
-class _Steps(TorchDataset[Any]):
-    """Step to batch; what the workers run."""
-
-    def __init__(
-        self,
-        datasets: dict[str, Dataset],
-        request: Callable[[int], BatchRequest],
-        seed: int,
-        random_crop: bool,
-        flip_probability: float,
-        substitutions: dict[SampleRef, SampleRef],
-    ) -> None:
-        self._datasets, self._request, self._seed = datasets, request, seed
-        self._random_crop, self._flip_probability = random_crop, flip_probability
-        self._substitutions = substitutions
-
-    def __getitem__(self, step: int) -> Batch | _Failure:
-        try:
-            return self._batch(self._request(step))
-        except UserError as e:
-            return _Failure(str(e))
-
-    def _batch(self, request: BatchRequest) -> Batch:
-        size = request.resolution
-        images_BHWC = np.empty((len(request.refs), size, size, 3), dtype=np.uint8)
-        captions: list[str] = []
-        labels: list[int] = []
-        keys: list[str] = []
-        substitutions: list[Substitution] = []
-        positions = range(request.first_position, request.first_position + len(request.refs))
-        for i, (position, ref) in enumerate(zip(positions, request.refs, strict=True)):
-            sample, pixels_HWC, used, reason = self._decodable(ref, size)
-            if used != ref:
-                substitutions.append(Substitution(position, bad=ref, used=used, reason=reason))
-            u_crop, u_flip, u_caption = self._crop_flip_caption(position)
-            images_BHWC[i] = training_image(
-                pixels_HWC, size, u_crop=u_crop if self._random_crop else None, flip=u_flip < self._flip_probability
-            )
-            captions.append(sample.captions[int(u_caption * len(sample.captions))] if sample.captions else "")
-            labels.append(sample.label)
-            keys.append(f"{used.dataset}/{sample.key}")
-        return Batch(
-            step=request.step,
-            resolution=size,
-            positions_B=torch.tensor(positions, dtype=torch.int64),
-            images_BCHW=torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous(),
-            captions=captions,
-            labels_B=torch.tensor(labels, dtype=torch.int64),
-            keys=keys,
-            substitutions=tuple(substitutions),
-        )
-
-    def _decodable(self, ref: SampleRef, size: int) -> tuple[Sample, np.ndarray, SampleRef, str]:
-        """A sample with its pixels: of `ref`, or of what replaces it, with the reason."""
-        used = self._substitutions.get(ref, ref)
-        reason = "known" if used != ref else ""
-        for attempt in range(_MAX_REPLACEMENTS + 1):
-            sample = self._datasets[used.dataset].read(used.index)
-            try:
-                return sample, read_image(sample.image, min_side=_DECODE_MARGIN * size), used, reason
-            except ImageError as e:
-                reason, where, detail = e.reason, f"{used.dataset}/{sample.key}", str(e)
-            used = self._replacement(ref, attempt)
-        raise UserError(
-            f"dataset {ref.dataset}: {_MAX_REPLACEMENTS} replacements of sample {ref.index} are undecodable too, the "
-            f"last is {where} ({detail}); run `loupe data verify {self._datasets[ref.dataset].url}`"
-        )
-
-    def _replacement(self, bad: SampleRef, attempt: int) -> SampleRef:
-        """Another sample of the same dataset. A function of the bad sample rather than of its position, so that it
-        has one replacement through the run, found again alike by every rank, worker and restart."""
-        number = draws.raw(self._seed, f"replace/{bad.dataset}", bad.index, attempt, count=1)[0]
-        return SampleRef(bad.dataset, int(number) % self._datasets[bad.dataset].num_samples)
-
-    def _crop_flip_caption(self, position: int) -> tuple[float, float, float]:
-        """Numbers in [0, 1), each for one purpose, always drawn in this order."""
-        u_crop, u_flip, u_caption = draws.uniform(self._seed, "augment", position, count=3)
-        return float(u_crop), float(u_flip), float(u_caption)
 
 
 # -------------------------------------------------------------------------------------------------------------- workers

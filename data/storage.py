@@ -1,28 +1,23 @@
-"""Files of a dataset at a path or any fsspec URL: bounded reads, and shards brought to local disk and verified.
+"""Files of a dataset at a path or any fsspec URL: bounded reads, tried again where that can help, by a deadline."""
 
-A remote shard is read under a temporary name, hashed on the way, flushed to disk and renamed, so a file under its
-final name in the cache is whole. Every wait has a deadline.
-"""
-
-import hashlib
-import json
-import os
+import itertools
 import queue
-import tempfile
+import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import fsspec
-import xxhash
-from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from data.counts import Counts
 from data.schema import Shard
+from trainer import metric_names
 from trainer.errors import UserError
 
 T = TypeVar("T")
@@ -30,17 +25,34 @@ T = TypeVar("T")
 CHUNK_BYTES = 4 << 20
 DEADLINE_S = 300.0
 """Longest time for one file, all attempts together."""
+STALL_S = 60.0
+"""Longest wait for one range of a file; then another connection is tried."""
+ATTEMPTS_AT_HANGING = 3
+"""Storage that hangs is asked so often within a deadline."""
+_RANGES_AT_ONCE = 4
+"""One connection to an object store gives 40 to 90 MB/s."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
-_ATTEMPTS_AT_DAMAGED = 3
+_ATTEMPTS_AT_BAD = 3
 
 
 class StorageError(OSError):
     """Storage did not answer, or not in time: not the user's doing, and worth a restart."""
 
 
-class DamagedShard(UserError):
+class BadShard(UserError):
+    """A shard that no trying again brings. A run may go on without it."""
+
+    reason: ClassVar[str] = "damaged_shard"
+    """Fit to label a count."""
+
+
+class DamagedShard(BadShard):
     """Size or hash are not what the index says."""
+
+
+class MissingShard(BadShard):
+    reason = "missing_shard"
 
 
 class Storage:
@@ -73,7 +85,7 @@ class Storage:
 
         if self.is_local:
             return self._read_local(name, max_bytes)
-        return _with_retries(attempt, f"{self.url}/{name}", deadline_s)
+        return with_retries(attempt, f"{self.url}/{name}", deadline_s)
 
     def _read_local(self, name: str, max_bytes: int) -> bytes:
         path = self.path(name)
@@ -88,46 +100,63 @@ class Storage:
             raise UserError(f"{path}: larger than the {max_bytes} bytes it may have; build the dataset again")
         return data
 
-    def fetch(self, shard: Shard, target: Path, *, deadline_s: float = DEADLINE_S) -> None:
-        """Bring a shard to `target`: whole and verified, or not at all.
+    def ranges(self, name: str, num_bytes: int, deadline: float, *, stall_s: float = STALL_S) -> Iterator[bytes]:
+        """A whole file in order, read by ranges, a few at a time.
+
+        Args:
+            num_bytes: its size, as an index tells it.
+            deadline: `time.monotonic()` at the end.
+            stall_s: longest wait for one range.
 
         Raises:
-            UserError: missing, wrong size or hash, or the local disk is full.
+            FileNotFoundError: there is none.
+            DamagedShard: it is of another size.
+            TimeoutError: no answer in time.
+        """
+        path = self.path(name)
+        info = _wait(_begin(lambda: self.fs.info(path)), deadline, stall_s)
+        check_size_of(num_bytes, info.get("size"), f"{self.url}/{name}")
+        starts = iter(range(0, num_bytes, CHUNK_BYTES))
+        pending: deque[tuple[int, _Answer]] = deque()
+        while True:
+            for start in itertools.islice(starts, _RANGES_AT_ONCE - len(pending)):
+                end = min(start + CHUNK_BYTES, num_bytes)
+                pending.append((end - start, _begin(partial(self.fs.cat_file, path, start=start, end=end))))
+            if not pending:
+                return
+            size, answer = pending.popleft()
+            data = _wait(answer, deadline, stall_s)
+            if len(data) != size:
+                raise OSError(f"{len(data)} of {size} bytes came")
+            yield data
+
+    def read_range(
+        self, name: str, start: int, end: int, *, deadline_s: float = DEADLINE_S, counts: Counts | None = None
+    ) -> bytes:
+        """Bytes `start` to `end - 1` of a file that has them.
+
+        Raises:
+            BadShard: missing, or too short.
+            UserError: access is denied.
             StorageError: storage fails for longer than the deadline.
         """
-        temporary = target.with_name(f".{target.name}.tmp")
+        path, where = self.path(name), f"{self.url}/{name}"
 
-        def attempt(deadline: float) -> None:
-            hasher, num_bytes = xxhash.xxh64(), 0
-            with _writing(target.parent):
-                file = open(temporary, "wb")  # noqa: SIM115
-            with file:
-                for chunk in self._chunks(shard.name, shard.num_bytes, deadline):
-                    hasher.update(chunk)
-                    num_bytes += len(chunk)
-                    with _writing(target.parent):
-                        file.write(chunk)
-                with _writing(target.parent):
-                    file.flush()
-                    os.fsync(file.fileno())
-            check(shard, num_bytes, hasher.hexdigest(), f"{self.url}/{shard.name}")
-            os.replace(temporary, target)
+        def attempt(deadline: float) -> bytes:
+            began = time.monotonic()
+            read = partial(self.fs.cat_file, path, start=start, end=end)
+            try:
+                data = bytes(_wait(_begin(read), deadline, deadline_s / ATTEMPTS_AT_HANGING))
+            except FileNotFoundError:
+                raise missing_shard(where) from None
+            if len(data) != end - start:
+                raise DamagedShard(f"{where}: ends before byte {end}; copy the shard again or build the dataset again")
+            if counts:
+                counts.add(metric_names.FETCH_BYTES, len(data))
+                counts.add(metric_names.FETCH_SECONDS, time.monotonic() - began)
+            return data
 
-        # Held by whoever fetches, so that a node's workers fetch a shard once; released by the kernel on death.
-        with _writing(target.parent):
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(f"{target}.lock")
-        try:
-            lock.acquire(timeout=deadline_s)
-        except Timeout:
-            raise StorageError(f"{self.url}/{shard.name}: another process has been fetching it for {deadline_s:.0f} s"
-                               ) from None  # fmt: skip
-        try:
-            if not target.exists():
-                _with_retries(attempt, f"{self.url}/{shard.name}", deadline_s)
-        finally:
-            temporary.unlink(missing_ok=True)
-            lock.release()
+        return with_retries(attempt, where, deadline_s, counts=counts)
 
     def put(self, file: Path, name: str, *, deadline_s: float = DEADLINE_S) -> None:
         """Upload a file. Object stores show it only when it is complete.
@@ -144,7 +173,7 @@ class Storage:
             if stored != sent:
                 raise OSError(f"{stored} of {sent} bytes arrived")
 
-        _with_retries(attempt, f"{self.url}/{name}", deadline_s)
+        with_retries(attempt, f"{self.url}/{name}", deadline_s)
 
     def _chunks(self, name: str, max_bytes: int, deadline: float) -> Iterator[bytes]:
         """A file's content. Read by a thread, because a read that hangs cannot be interrupted, only left behind."""
@@ -192,158 +221,106 @@ class Storage:
             left.set()
 
 
+def missing_shard(where: str) -> "MissingShard":
+    return MissingShard(f"{where}: missing, though the index names it; upload it again or build the dataset again")
+
+
+def check_size_of(expected: int, found: int | None, where: str) -> None:
+    """
+    Raises:
+        DamagedShard: a file is not as large as its index says; storage may not tell, then it is not known yet.
+    """
+    if found is not None and found > expected:
+        raise DamagedShard(f"{where}: larger than the {expected} bytes it may have; build the dataset again")
+    if found is not None and found < expected:
+        raise DamagedShard(f"{where}: has {found} bytes, the index says {expected}; copy the shard again or "
+                        "build the dataset again")  # fmt: skip
+
+
 def check(shard: Shard, num_bytes: int, digest: str, where: str) -> None:
     """
     Raises:
         DamagedShard: size or hash are not what the index says.
     """
-    if num_bytes != shard.num_bytes:
-        raise DamagedShard(f"{where}: has {num_bytes} bytes, the index says {shard.num_bytes}; copy the shard again or "
-                        "build the dataset again")  # fmt: skip
+    check_size_of(shard.num_bytes, num_bytes, where)
     if digest != shard.hash:
         raise DamagedShard(f"{where}: its hash is not the index's, the file is damaged; copy the shard again or build "
                         "the dataset again")  # fmt: skip
 
 
-def verify_file(path: Path, shard: Shard) -> None:
-    """Read a local shard and compare size and hash with the index.
-
-    Raises:
-        UserError: they differ, or the file cannot be read.
-    """
-    hasher = xxhash.xxh64()
-    try:
-        with open(path, "rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            if num_bytes == shard.num_bytes:  # else nothing to hash
-                while chunk := file.read(CHUNK_BYTES):
-                    hasher.update(chunk)
-    except OSError as e:
-        raise UserError(f"{path}: the shard cannot be read ({e.strerror}); copy or build the dataset again") from None
-    check(shard, num_bytes, hasher.hexdigest(), str(path))
+# ------------------------------------------------------------------------------------------------------------ deadlines
 
 
-# ---------------------------------------------------------------------------------------------------------------- cache
+_Answer: TypeAlias = "queue.SimpleQueue[tuple[Any, BaseException | None]]"
 
 
-def cache_folder(configured: str | None) -> Path:
-    """Where shards of remote datasets and marks of verified files lie.
+def _begin(function: Callable[[], Any]) -> _Answer:
+    """Call it in a thread: what hangs there cannot be interrupted, only left behind."""
+    answer: _Answer = queue.SimpleQueue()
 
-    Raises:
-        UserError: the folder cannot be made or belongs to someone else.
-    """
-    if configured:
-        folder = Path(configured).expanduser()
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loupe"
-        if not _can_make(folder):  # containers often run with a home that is read-only, or none
-            folder = Path(tempfile.gettempdir()) / f"loupe-cache-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
-    except OSError as e:
-        raise UserError(f"data.cache_dir: {folder} cannot be made ({e.strerror}); name a writable folder") from None
-    # In a shared folder such as /tmp someone else could have made it, and could swap what it holds.
-    if not configured and owner != os.getuid():
-        raise UserError(f"data.cache_dir: {folder} belongs to another user; name a folder of your own")
-    return folder
-
-
-def _can_make(folder: Path) -> bool:
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK | os.X_OK)
-
-
-def cached_shard(cache: Path, url: str, shard: Shard) -> Path:
-    """Place of a remote shard: by its full URL, because base names repeat, and by its hash, because data changes."""
-    return cache / "shards" / hashlib.blake2b(url.encode(), digest_size=12).hexdigest() / f"{shard.hash}-{shard.name}"
-
-
-class Marks:
-    """Which files were verified on this node, so that of its many workers one reads each shard to hash it.
-
-    A mark holds what changes when a file is written: size, times, inode. A file that no longer fits its mark is
-    verified again.
-    """
-
-    def __init__(self, cache: Path) -> None:
-        self._folder = cache / "verified"
-        with _writing(cache):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def holds(self, path: Path, shard: Shard) -> bool:
+    def call() -> None:
         try:
-            return bool(self._mark_file(path).read_text() == self._mark(path, shard))
-        except FileNotFoundError:
-            return False
+            answer.put((function(), None))
+        except BaseException as e:  # raised again by whoever waits
+            answer.put((None, e))
 
-    def set(self, path: Path, mark: str) -> None:
-        file = self._mark_file(path)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        with _writing(self._folder):
-            temporary.write_text(mark)
-            os.replace(temporary, file)
+    threading.Thread(target=call, name="storage", daemon=True).start()
+    return answer
 
-    def verify(self, path: Path, shard: Shard) -> None:
-        """Verify a file unless marked, then mark it.
 
-        Raises:
-            UserError: it is missing or damaged.
-        """
-        try:
-            mark = self._mark(path, shard)
-        except OSError as e:
-            raise UserError(
-                f"{path}: the shard cannot be read ({e.strerror}); copy or build the dataset again"
-            ) from None
-        if not self.holds(path, shard):
-            verify_file(path, shard)
-            self.set(path, mark)  # of before the hash: a write meanwhile leaves a mark that does not fit
-
-    def _mark_file(self, path: Path) -> Path:
-        return self._folder / hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).hexdigest()
-
-    @staticmethod
-    def _mark(path: Path, shard: Shard) -> str:
-        stat = path.stat()
-        return json.dumps([shard.hash, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev])
+def _wait(answer: _Answer, deadline: float, stall_s: float) -> Any:
+    """
+    Raises:
+        TimeoutError: nothing came until `deadline`, or for `stall_s`.
+    """
+    try:
+        value, error = answer.get(timeout=max(0.0, min(stall_s, deadline - time.monotonic())))
+    except queue.Empty:
+        raise TimeoutError("no answer in time") from None
+    if error is not None:
+        raise error
+    return value
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def _with_retries(attempt: Callable[[float], T], where: str, deadline_s: float) -> T:
-    """`attempt(deadline)` until it works; pauses double. What trying again cannot mend is raised at once."""
+def error_class(error: BaseException) -> str:
+    """`denied`, `missing`, `damaged`, `timeout` or `server`: what kind of failure of storage it is."""
+    name = type(error).__name__
+    if isinstance(error, PermissionError) or "Credential" in name:
+        return "denied"
+    if isinstance(error, (FileNotFoundError, MissingShard)):
+        return "missing"
+    if isinstance(error, BadShard):
+        return "damaged"
+    return "timeout" if isinstance(error, TimeoutError) or "Timeout" in name else "server"
+
+
+def with_retries(attempt: Callable[[float], T], where: str, deadline_s: float, *, counts: Counts | None = None) -> T:
+    """`attempt(deadline)` until it works; pauses double, with jitter. What trying again cannot mend is raised at once."""
     deadline = time.monotonic() + deadline_s
     pause = _FIRST_PAUSE_S
-    damaged = 0
+    bad = 0
+    jitter = random.Random()
     while True:
         try:
             return attempt(deadline)
-        except FileNotFoundError:
-            raise
-        except PermissionError as e:
-            raise UserError(f"{where}: access denied ({e}); check the credentials and permissions") from None
-        except DamagedShard:  # a transfer may have been cut short; storage that is damaged stays so
-            damaged += 1
-            if damaged == _ATTEMPTS_AT_DAMAGED:
-                raise
-        except UserError:
-            raise
         except Exception as e:  # storage clients have their own types for a network that fails
-            if time.monotonic() + pause >= deadline:
+            kind = error_class(e)
+            if isinstance(e, UserError) and not isinstance(e, BadShard):
+                raise
+            if counts:
+                counts.add(metric_names.FETCH_ERRORS, 1, kind)
+            if kind == "denied":
+                raise UserError(f"{where}: access denied ({e}); check the credentials and permissions") from None
+            if isinstance(e, FileNotFoundError):
+                raise
+            if isinstance(e, BadShard):  # a transfer may have been cut short; storage that is damaged stays so
+                bad += 1
+                if bad == _ATTEMPTS_AT_BAD:
+                    raise
+            elif time.monotonic() + pause >= deadline:
                 raise StorageError(f"{where}: not read within {deadline_s:.0f} s ({type(e).__name__}: {e})") from e
-        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        time.sleep(max(0.0, min(pause * jitter.uniform(0.5, 1.5), deadline - time.monotonic())))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Tells failures of the local disk from those of the storage that is read at the same time."""
-    try:
-        yield
-    except OSError as e:
-        raise UserError(
-            f"data.cache_dir: {folder} cannot be written ({e.strerror}); free space or name another folder"
-        ) from None

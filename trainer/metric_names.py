@@ -72,6 +72,34 @@ PEAK_MEMORY = Metric(
 BAD_SAMPLES = Metric(
     "loupe_data_bad_samples_total", "counter", "Samples replaced because unreadable, by reason.", ("reason",)
 )
+BAD_SHARDS = Metric("loupe_data_bad_shards", "gauge", "Shards that this run leaves out, as they cannot be read.")
+DATA_WAIT = Metric("loupe_data_wait_seconds_total", "counter", "Time that training waited for a batch.")
+SHARD_WAIT = Metric(
+    "loupe_data_shard_wait_seconds_total", "counter", "Time that data workers waited for a shard that they had to read."
+)
+FETCH_SECONDS = Metric(
+    "loupe_data_fetch_seconds_total", "counter", "Time that data workers spent on fetching from storage."
+)
+FETCH_BYTES = Metric("loupe_data_fetch_bytes_total", "counter", "Bytes that data workers fetched from storage.")
+FETCH_ERRORS = Metric(
+    "loupe_data_fetch_errors_total",
+    "counter",
+    "Failed reads of storage, tried again or not: denied, missing, damaged, timeout or server.",
+    ("error",),
+)
+CACHE_HITS = Metric("loupe_data_cache_hits_total", "counter", "Shards that were opened and lay in the node's cache.")
+CACHE_MISSES = Metric(
+    "loupe_data_cache_misses_total", "counter", "Shards that had to be fetched into the node's cache."
+)
+CACHE_EVICTIONS = Metric(
+    "loupe_data_cache_evictions_total", "counter", "Shards removed from the node's cache for others."
+)
+CACHE_BYTES = Metric(
+    "loupe_data_cache_bytes", "gauge", "Bytes of shards in the node's cache, when one was last fetched."
+)
+WORKER_DEATHS = Metric(
+    "loupe_data_worker_deaths_total", "counter", "Data workers that died, in all starts of this run."
+)
 CAPTIONS_CUT = Metric("loupe_data_captions_cut_total", "counter", "Captions longer than the text encoder takes.")
 BUILD = Metric("loupe_build", "info", "Version of the code and of torch.")
 

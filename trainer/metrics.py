@@ -43,6 +43,15 @@ class Exporter:
         series = self._series[metric.name]
         return series.labels(*labels) if metric.labels else series
 
+    def add(self, sums: Mapping[tuple[str, ...], float]) -> None:
+        """What another process has counted: (metric's name, labels' values ...) to what to add; of a gauge, its value."""
+        for (name, *labels), amount in sums.items():
+            series = self._series[name].labels(*labels) if labels else self._series[name]
+            if isinstance(series, Gauge):
+                series.set(amount)
+            else:
+                series.inc(amount)
+
     def clear(self, metric: Metric) -> None:
         """Forget a labelled metric's series, so that a phase that is over is no longer shown."""
         self._series[metric.name].clear()

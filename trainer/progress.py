@@ -26,14 +26,21 @@ class Progress:
     train_seconds: float = 0.0
     """Time in training steps, over all attempts; saving and sampling are not counted."""
     substitutions: dict[SampleRef, SampleRef] = field(default_factory=dict)
-    """Unreadable samples and what stands in for them, so that a resume trains on the very same images."""
+    """Undecodable samples and what stands in for them, so that a resume trains on the very same images."""
+    bad_shards: dict[tuple[str, int], str] = field(default_factory=dict)
+    """(dataset, shard) that could not be read, and why. What stands in for a sample of one follows from the sample and from
+    which shards these are."""
 
     def to_json(self) -> dict[str, Any]:
         pairs = [[bad.dataset, bad.index, used.dataset, used.index] for bad, used in self.substitutions.items()]
-        return {**self.__dict__, "substitutions": pairs, "passed_over": [list(item) for item in self.passed_over]}
+        shards = [[dataset, shard, reason] for (dataset, shard), reason in self.bad_shards.items()]
+        passed_over = [list(item) for item in self.passed_over]
+        return {**self.__dict__, "substitutions": pairs, "passed_over": passed_over, "bad_shards": shards}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Progress":
         pairs = {SampleRef(a, i): SampleRef(b, j) for a, i, b, j in tree["substitutions"]}
         passed_over = [(step, images) for step, images in tree["passed_over"]]
-        return cls(**{**tree, "substitutions": pairs, "passed_over": passed_over})
+        # absent in checkpoints that were written before there was such a thing
+        shards = {(dataset, shard): reason for dataset, shard, reason in tree.get("bad_shards", [])}
+        return cls(**{**tree, "substitutions": pairs, "passed_over": passed_over, "bad_shards": shards})

@@ -68,6 +68,7 @@ class Reports:
         of(metric_names.STEP).set(step)
         of(metric_names.IMAGES).inc(images)
         of(metric_names.LAST_STEP).set_to_current_time()
+        of(metric_names.DATA_WAIT).inc(waited)
         if self._world.is_main:
             of(metric_names.STEP_SECONDS, "data").observe(waited)
             of(metric_names.STEP_SECONDS, "total").observe(waited + computed)

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import Loader
-from data.plan import SampleRef
-from data.reader import Dataset, open_dataset
+from data.reader import Dataset, cache_note, open_dataset, readable
 from trainer import metric_names
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig, check_layout, explain_digests, resolve_url, run_digest
@@ -28,9 +27,12 @@ from trainer.parallel.apply import parallelize
 from trainer.parallel.world import World, init_world
 from trainer.pictures import loss_curves, sample_grid
 from trainer.preemption import StopRequest
+from trainer.progress import Progress
 from trainer.requests import RankRequests
 from trainer.run_folder import CHECKPOINTS, SUMMARY, RunFolder
 from trainer.step_plan import StepPlanner
+from trainer.stored import stored_columns
+from trainer.stream import plan_stream
 from trainer.summary import summarise
 from trainer.tasks.autoencoder import AutoencoderTask
 from trainer.tasks.base import Task
@@ -38,6 +40,8 @@ from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tasks.latent_network import LatentNetworkTask
 from trainer.trainer import Actions, Trainer
 
+_FETCH_SHARE_OF_TIMEOUT = 0.75
+"""Of data.timeout_s: a fetch that fails says why before the wait for its batch ends."""
 SAVE_TIMEOUT = timedelta(hours=2)
 """Longest that ranks wait for one another's part of a save in the background."""
 
@@ -68,12 +72,21 @@ class Run:
         self.attempt = world.broadcast(self._register() if world.is_main else 0)
         self.datasets = {
             name: open_dataset(
-                resolve_url(d.url), name=name, max_samples=d.max_samples, cache_dir=config.data.cache_dir
+                resolve_url(d.url),
+                name=name,
+                max_samples=d.max_samples,
+                cache_dir=config.data.cache_dir,
+                cache_gib=config.data.cache_gib,
+                fetch=d.fetch,
+                deadline_s=_FETCH_SHARE_OF_TIMEOUT * config.data.timeout_s,
             )
             for name, d in config.data.datasets.items()
         }
         self.task: Task = TASKS[config.task.kind](config, world.device)
         warnings = [*self.task.check(), *self._check_data()]
+        self.planner, of_stream = plan_stream(config, self.datasets, self.task)
+        warnings += of_stream
+        self.stored = stored_columns(config, self.datasets, self.task, self.planner)
         self.evaluation: ReconstructionEvaluation | None = None
         if config.reconstructions:
             assert isinstance(self.task, AutoencoderTask)
@@ -82,7 +95,6 @@ class Run:
         for module, units in [(self.task.module, self.task.sharding_units()), *self.task.frozen_sharded()]:
             parallelize(module, units, world, config.parallel)
         self.exporter = self._serve_metrics()
-        self.planner = StepPlanner(config, {name: d.shard_sizes for name, d in self.datasets.items()})
         self.records = folder.metrics_writer(self.attempt) if world.is_main else None
         digest = run_digest(config, {name: d.digest for name, d in self.datasets.items()})
         self.trainer = Trainer(
@@ -102,14 +114,29 @@ class Run:
             self.exporter,
             self.records,
             stop,
-            Actions(self._at_intervals(), self._write_init_report),
+            Actions(self._at_intervals(), self._write_init_report, self._count_worker_death, self._name_of_shard),
         )
         for warning in warnings:
             self.trainer.reports.note(f"WARNING: {warning}")
+        window = config.data.shuffle_window_shards
+        if of_cache := cache_note(list(self.datasets.values()), window, self._prefetch_shards()):
+            self.trainer.reports.print(of_cache)
 
     def _write_init_report(self, report: dict[str, Any]) -> None:
         if self.world.is_main:
             self.folder.write_json("init_report.json", report)
+
+    def _prefetch_shards(self) -> int:
+        data = self.config.data
+        return data.shuffle_window_shards if data.prefetch_shards is None else data.prefetch_shards
+
+    def _count_worker_death(self, what: str) -> None:
+        """In the run's folder, as this process ends with it; the next attempts count it in their metrics."""
+        self.folder.write_json(f"worker_deaths/{self.attempt:04d}-rank-{self.world.rank}.json", {"what": what})
+
+    def _name_of_shard(self, dataset: str, shard: int) -> str:
+        found = self.datasets.get(dataset)
+        return f"{found.shards_url}/{found.shards[shard].name}" if found else f"shard {shard} of {dataset}"
 
     def _check_data(self) -> list[str]:
         """Refuse labels that the model does not know, or that are not there; warn of what training does not stumble over."""
@@ -154,6 +181,8 @@ class Run:
         exporter.of(metric_names.BUILD).info({"version": version("loupe"), "torch": torch.__version__})
         exporter.of(metric_names.WORLD_SIZE).set(self.world.size)
         exporter.of(metric_names.RESTARTS).set(self.attempt)
+        if self.world.is_main:
+            exporter.of(metric_names.WORKER_DEATHS).inc(len(self.folder.names("worker_deaths")))
         port = exporter.serve(config.bind_address, config.port + self.world.rank if config.port else 0)
         host = platform.node() if config.bind_address in ("0.0.0.0", "::") else config.bind_address
         targets = self.world.gather(f"{host}:{port}")
@@ -162,18 +191,25 @@ class Run:
             print(f"metrics of rank 0 on http://{targets[0]}/metrics", flush=True)
         return exporter
 
-    def _make_loader(self, planner: StepPlanner, substitutions: Mapping[SampleRef, SampleRef]) -> Loader:
+    def _make_loader(self, planner: StepPlanner, progress: Progress) -> Loader:
         data = self.config.data
+        in_this_process = not data.num_workers and all(dataset.is_local for dataset in self.datasets.values())
         return Loader(
             self.datasets,
             RankRequests(planner, self.world.rank, self.world.size),
             seed=self.config.seed,
             random_crop=data.random_crop,
             flip_probability=data.flip_probability,
+            caption_weights=data.caption_weights,
             num_workers=data.num_workers,
             prefetch_steps=data.prefetch_steps,
             timeout_s=data.timeout_s,
-            substitutions=substitutions,
+            substitutions=progress.substitutions,
+            bad_shards=progress.bad_shards,
+            prefetch_shards=0 if in_this_process else self._prefetch_shards(),
+            decode=data.decode,
+            pin_memory=self.world.device.type == "cuda",
+            stored=self.stored,
         )
 
     def train(self) -> ExitCode:
@@ -203,10 +239,10 @@ class Run:
         """Captions, or classes, spread evenly over the training data."""
         dataset = self._first_dataset()
         count = min(count, dataset.num_samples)
-        samples = [dataset.read(i * dataset.num_samples // count) for i in range(count)]
+        samples = [readable(dataset, i * dataset.num_samples // count) for i in range(count)]
         if isinstance(self.task, LatentDiffusionTask) and self.task.config.text.kind == "classes":
             return [str(sample.label) for sample in samples]
-        return [sample.captions[0] if sample.captions else "" for sample in samples]
+        return [sample.texts[0] if sample.texts else "" for sample in samples]
 
     def _at_intervals(self) -> list[tuple[int, Callable[[int], None]]]:
         config = self.config

@@ -10,6 +10,7 @@ checkpoints/           see trainer/checkpoint
 samples/, curves.png   pictures
 evaluation/            an autoencoder's figures, a file an evaluation and final.json
 reconstructions/       what it gave back of some images, at the same steps
+worker_deaths/         one record for each data worker that died
 init_report.json       which weights it began with, where it was not fresh ones
 summary.json           how the run ended
 """

@@ -2,7 +2,7 @@
 A task knows *what* a step is."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import Batch, Loader
-from data.plan import SampleRef
+from data.batches import Batch
+from data.loader import Loader, WorkerDied
 from trainer import metric_names, optim, train_state
+from trainer.bad_data import BadData
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import InitFromConfig, RunConfig
+from trainer.device_copy import DeviceCopy
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
 from trainer.metrics import Exporter, Stopwatch
@@ -42,6 +44,10 @@ class Actions:
     """Every so many steps, on the averaged weights, given the number of steps done."""
     on_warm_start: Callable[[dict[str, Any]], None] | None = None
     """Given the report of what was loaded, once in a run, before its first step."""
+    on_worker_death: Callable[[str], None] | None = None
+    """Given which data worker of this rank died, and of what, before the run ends in that error."""
+    name_of_shard: Callable[[str, int], str] = lambda dataset, shard: f"shard {shard} of {dataset}"
+    """Given the dataset's name and the shard's number; for messages."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,14 @@ class Trainer:
         self._pending: Verdict | None = None
         self._roll_back_due = False
         self._gradient_norm = float("nan")
-        self._new_substitutions: dict[SampleRef, tuple[SampleRef, str]] = {}
+        self._to_device = DeviceCopy(world.device)
+        self._loader: Loader | None = None
+        self._bad_data = BadData(config.data, world, exporter, self.reports, actions.name_of_shard)
         self._saved_step = -1
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
-    def fit(self, make_loader: Callable[[StepPlanner, Mapping[SampleRef, SampleRef]], Loader]) -> ExitCode:
+    def fit(self, make_loader: Callable[[StepPlanner, Progress], Loader]) -> ExitCode:
         """Train to the end of the schedule, from the newest checkpoint if there is one.
 
         Returns DONE, or REQUEUE once everything is saved after a request to stop.
@@ -94,13 +102,16 @@ class Trainer:
         agreement = Agreement(self.world.host_group)
 
         def train() -> ExitCode | None:
-            with make_loader(self.planner, self.progress.substitutions) as loader:
+            with make_loader(self.planner, self.progress) as loader:
+                self._loader = loader
                 return self._train(loader, agreement)
 
         try:
             while (code := train()) is None:
                 self._roll_back()
-        except BaseException:
+        except BaseException as e:
+            if isinstance(e, WorkerDied) and self.actions.on_worker_death:
+                self.actions.on_worker_death(str(e))
             self.checkpoints.settle(timeout_s=30)
             raise
         agreement.close()  # not after an error: other ranks may never take part
@@ -115,7 +126,7 @@ class Trainer:
             if batch.step == first:
                 waited = 0.0  # for workers to start, not for data
             plan = self.planner.plan(batch.step)
-            self._train_step(batch, plan)
+            self._train_step(self._to_device(batch), plan)
             if self._report_is_due(plan) or self._save_is_due(plan):
                 # The wait for the device belongs to the steps. And what a roll back leaves behind is not saved first.
                 self._resolve_pending()
@@ -240,7 +251,11 @@ class Trainer:
         if not self._restore():
             self.reports.print("too many spikes, and no checkpoint yet to go back to: going on")
         else:
-            passed = end - self.planner.plan(self.progress.step).position
+            resumed = self.planner.plan(self.progress.step)
+            passed = end - resumed.position
+            passed += (
+                -passed % resumed.phase.batch_size
+            )  # whole batches, as one of an aspect bucket must not begin midway
             self.progress.passed_over.append((self.progress.step, passed))
             self.progress.roll_backs = before.roll_backs + 1
             self.progress.steps_skipped = before.steps_skipped
@@ -260,8 +275,8 @@ class Trainer:
         progress.step = plan.step + 1
         progress.images += phase.batch_size
         progress.train_seconds += waited + computed
-        for s in batch.substitutions:
-            self._new_substitutions[s.bad] = (s.used, s.reason)
+        self._bad_data.add(batch)
+        self.exporter.add(batch.counts)
         self.reports.count(progress.step, phase.batch_size, waited, computed)
 
     def _run_due_actions(self, plan: StepPlan) -> None:
@@ -302,29 +317,11 @@ class Trainer:
 
     def _report(self, plan: StepPlan) -> None:
         self._resolve_pending()
-        self._share_substitutions()
+        self._bad_data.agree(self.progress, self._loader)
         self.reports.tell(
             plan, self.progress, gradient_norm=self._gradient_norm, update_ratio=self.update_ratio.take(),
             captions_cut=self.task.captions_cut,
         )  # fmt: skip
-
-    def _share_substitutions(self) -> None:
-        """All ranks learn which samples were replaced, count them, and stop together when they are too many."""
-        everywhere = {bad: used for part in self.world.gather(self._new_substitutions) for bad, used in part.items()}
-        self._new_substitutions.clear()
-        for bad, (used, reason) in everywhere.items():
-            if bad not in self.progress.substitutions:
-                self.progress.substitutions[bad] = used
-                self.exporter.of(metric_names.BAD_SAMPLES, reason).inc()
-                self.reports.print(
-                    f"sample {bad.index} of {bad.dataset} is unreadable ({reason}): replaced by {used.index}"
-                )
-        limit = self.config.data.max_bad_samples
-        if len(self.progress.substitutions) > limit:
-            raise UserError(
-                f"data.max_bad_samples: {len(self.progress.substitutions)} samples were unreadable, the limit is {limit}; "
-                "check the dataset with `loupe data verify`, or raise the limit"
-            )
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -335,7 +332,7 @@ class Trainer:
             self._await_earlier_save()
         if self._saved_step == self.progress.step:
             return
-        self._share_substitutions()
+        self._bad_data.agree(self.progress, self._loader)
         self.reports.flush()
         try:
             (self.checkpoints.save if wait else self.checkpoints.begin_save)(
@@ -414,6 +411,7 @@ def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:
             batch,
             positions_B=batch.positions_B[i : i + step],
             images_BCHW=batch.images_BCHW[i : i + step],
+            latents_BCHW=None if batch.latents_BCHW is None else batch.latents_BCHW[i : i + step],
             captions=batch.captions[i : i + step],
             labels_B=batch.labels_B[i : i + step],
             keys=batch.keys[i : i + step],

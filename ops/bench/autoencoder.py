@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.batches import Batch
 from ops.bench.lpl import MIB, Measured, measure
 from ops.bench.recipes import CUT_WIDTHS
 from trainer import optim

@@ -28,8 +28,8 @@ import yaml
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from data.batches import Batch
 from data.images import read_image
-from data.loader import Batch
 from data.reader import open_dataset
 from data.transforms import training_image
 from trainer import optim
@@ -153,7 +153,7 @@ def load_images(config: RunConfig) -> Images:
     samples = open_dataset(resolve_url(dataset.url), name=name, max_samples=dataset.max_samples)
     rows = [samples.read(i) for i in range(samples.num_samples)]
     pictures = [torch.from_numpy(training_image(read_image(row.image), RESOLUTION)) for row in rows]
-    return Images(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [row.captions[0] for row in rows])
+    return Images(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), [row.texts[0] for row in rows])
 
 
 def train(task: LatentDiffusionTask, images: Images, config: RunConfig) -> float:

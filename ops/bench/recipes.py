@@ -18,14 +18,14 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.batches import Batch
 from ops.bench.codecs import BLOCKS, PUBLISHED
 from trainer import optim
 from trainer.config import (
@@ -111,8 +111,9 @@ class RandomText(TextEncoder):
         captions: Sequence[str | None],
         labels: Sequence[int] | None = None,
         dropped: Sequence[Sequence[bool]] = (),
+        known: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]] = (),
     ) -> Input:
-        del labels, dropped
+        del labels, dropped, known
         return self.Input(len(captions))
 
     def forward(self, text: Input) -> Condition:

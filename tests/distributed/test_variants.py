@@ -57,7 +57,7 @@ def one_unreadable(folder: Path) -> str:
     for index in range(8):
         sample = emoji.read(index)
         image = b"\xff\xd8\xff not a JPEG" if index == 3 else sample.image
-        writer.write({"key": sample.key, "image": image, "captions": list(sample.captions), "label": -1})
+        writer.write({"key": sample.key, "image": image, "captions": list(sample.texts), "label": -1})
     writer.finish()
     digest = index_digest((out / "index.json").read_bytes())
     (out / "dataset.json").write_text(DatasetInfo(name="x", num_samples=8, index_digest=digest).model_dump_json())

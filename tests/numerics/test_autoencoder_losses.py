@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from data.loader import Batch
+from data.batches import Batch
 from tests.numerics.lpips_reference import random_weights
 from trainer.config import AutoencoderConfig, InitFromConfig, RunConfig, replace
 from trainer.models.autoencoders import Codec

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from pydantic import ValidationError
 from torch import Tensor
 
-from data.loader import Batch
+from data.batches import Batch
 from tests.numerics.lpips_reference import loader, photos, random_weights
 from tests.perceptual import make_context
 from tests.tiny import tiny

@@ -46,5 +46,5 @@ def encode_dataset(
         pixels = torch.from_numpy(training_image(read_image(sample.image), resolution))
         images = pixels_to_images(pixels.permute(2, 0, 1)[None].to(device))
         latents.append(codec.encode(images).float().cpu())
-        captions.append(list(sample.captions))
+        captions.append(list(sample.texts))
     return torch.cat(latents), captions

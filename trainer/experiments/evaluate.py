@@ -105,7 +105,7 @@ def real_images(config: RunConfig, first: int, count: int) -> tuple[Pixels, list
     samples = [dataset.read(i) for i in range(first, first + count)]
     resolution = config.phases[-1].resolution
     pixels = np.stack([training_image(read_image(sample.image), resolution) for sample in samples])
-    return pixels, [sample.captions[0] if sample.captions else "" for sample in samples]
+    return pixels, [sample.texts[0] if sample.texts else "" for sample in samples]
 
 
 def to_images(pixels_NHWC: Pixels) -> Tensor:

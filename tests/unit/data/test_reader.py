@@ -4,17 +4,22 @@ import json
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+import xxhash
 
 from data import storage as storage_module
+from data import verified as verified_module
 from data.mds import mds
-from data.reader import Dataset, open_dataset, read_image
+from data.reader import Dataset, open_dataset, read_image, readable
 from data.schema import COLUMNS, DATASET, INDEX, Shard, index_digest
-from data.storage import DamagedShard, StorageError
+from data.shards import of_mds
+from data.storage import DamagedShard, MissingShard, StorageError
 from trainer.errors import UserError
 
 from .conftest import MakeDataset
@@ -45,7 +50,7 @@ def test_samples_come_back_as_they_were(make_dataset: MakeDataset, tmp_path: Pat
         sample = dataset.read(i)
         assert sample.key == f"{i:04d}.jpg"
         assert sample.image == (tmp_path / "set-source" / sample.key).read_bytes()
-        assert sample.captions == (f"first caption of {i}", f"second caption of {i}")
+        assert sample.texts == (f"first caption of {i}", f"second caption of {i}")
         assert sample.label == -1
         assert read_image(sample.image).shape == (40, 56, 3)
     with pytest.raises(IndexError):
@@ -99,8 +104,8 @@ def test_an_upload_without_its_last_file_is_not_whole(make_dataset: MakeDataset)
 def test_another_version_and_another_build(make_dataset: MakeDataset) -> None:
     folder = make_dataset(2)
     info = json.loads((folder / DATASET).read_text())
-    (folder / DATASET).write_text(json.dumps({**info, "schema_version": 2}))
-    with pytest.raises(UserError, match="schema_version is 2, this code reads 1"):
+    (folder / DATASET).write_text(json.dumps({**info, "schema_version": 3}))
+    with pytest.raises(UserError, match="schema_version is 3, this code reads 1 and 2"):
         open_dataset(str(folder), name="x")
     (folder / DATASET).write_text(json.dumps({**info, "index_digest": "0" * 32}))
     with pytest.raises(UserError, match="different builds"):
@@ -162,7 +167,7 @@ def test_an_extra_column_that_unpickles_is_refused_and_others_are_not(tmp_path: 
         describe(folder)
         change(folder, _encode("latents", encoding))
         if fits:
-            assert open_dataset(str(folder), name="x").read(0).captions == ("c",)
+            assert open_dataset(str(folder), name="x").read(0).texts == ("c",)
         else:
             with pytest.raises(UserError, match="latents"):
                 open_dataset(str(folder), name="x")
@@ -201,13 +206,13 @@ def test_a_node_hashes_a_shard_once_until_it_changes(
 ) -> None:
     folder = make_dataset(3)
     hashed: list[Path] = []
-    verify_file = storage_module.verify_file
+    verify_file = verified_module.verify_file
 
     def counted(path: Path, shard: Shard) -> None:
         hashed.append(path)
         verify_file(path, shard)
 
-    monkeypatch.setattr(storage_module, "verify_file", counted)
+    monkeypatch.setattr(verified_module, "verify_file", counted)
     for _worker in range(3):
         open_dataset(str(folder), name="x").read(0)
     assert len(hashed) == 1
@@ -279,28 +284,181 @@ def test_storage_that_fails_for_a_while_is_asked_again(
 ) -> None:
     monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
     memory = type(fsspec.filesystem("memory"))
-    opened, failures = memory.open, [OSError("reset by peer"), RuntimeError("client gave up")]
+    read, failures = memory.cat_file, [OSError("reset by peer"), RuntimeError("client gave up"), TimeoutError()]
 
     def flaky(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         if path.endswith(".mds") and failures:
             raise failures.pop()
-        return opened(self, path, *args, **kwargs)
+        return read(self, path, *args, **kwargs)
 
-    monkeypatch.setattr(memory, "open", flaky)
+    monkeypatch.setattr(memory, "cat_file", flaky)
     dataset = open_dataset(remote, name="x", cache_dir=str(tmp_path / "c"))
     assert dataset.read(0).key == "0000.jpg"
     assert not failures
+    _, counts = dataset.news()
+    assert counts["loupe_data_fetch_errors_total", "timeout"] == 1
+    assert counts["loupe_data_fetch_errors_total", "server"] == 2
+    assert counts["loupe_data_fetch_bytes_total",] == dataset.shards[0].num_bytes
+    assert counts["loupe_data_fetch_seconds_total",] > 0
 
 
-def test_storage_that_hangs_is_given_up(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = open_dataset(remote, name="x", cache_dir=str(tmp_path / "c"))
+def test_storage_that_hangs_is_asked_again_and_then_given_up(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
+    dataset = open_dataset(remote, name="x", cache_dir=str(tmp_path / "c"), deadline_s=1.2)
     release = threading.Event()
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "open", lambda *args, **kwargs: release.wait(60))
-    storage = storage_module.Storage(remote)
+    memory, hanging = type(fsspec.filesystem("memory")), [True]
+    read = memory.cat_file
+
+    def hangs(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        if hanging[0]:
+            release.wait(60)
+        return read(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(memory, "cat_file", hangs)
+    began = time.monotonic()
     with pytest.raises(StorageError, match=r"not read within 1 s .*no answer in time"):
-        storage.fetch(dataset.shards[0], tmp_path / "c" / "shard", deadline_s=1)
+        dataset.read(0)
+    assert time.monotonic() - began < 20
+    _, counts = dataset.news()
+    assert counts["loupe_data_fetch_errors_total", "timeout"] >= 2
+    assert not [path for path in (tmp_path / "c").rglob("*.tmp")]
+    hanging[0] = False
+    assert dataset.read(0).key == "0000.jpg"  # it was nothing about the shard
+    assert not dataset.bad_shards
     release.set()
-    assert not list((tmp_path / "c").glob("*.tmp"))
+
+
+def test_denied_is_not_asked_again(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError("Forbidden")
+
+    dataset = open_dataset(remote, name="x", cache_dir=str(tmp_path / "c"))
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", denied)
+    with pytest.raises(UserError, match=r"shard.00000.mds: access denied .*check the credentials"):
+        dataset.read(0)
+    assert not dataset.bad_shards  # the whole run stops
+
+
+def test_single_samples_by_ranges(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_dataset(remote, name="x", cache_dir=str(tmp_path / "a"))
+    memory = type(fsspec.filesystem("memory"))
+    read, asked = memory.cat_file, []
+
+    def counted(self: Any, path: str, start: int = 0, end: int = 0, **kwargs: Any) -> Any:
+        asked.append(end - start)
+        return read(self, path, start=start, end=end, **kwargs)
+
+    monkeypatch.setattr(memory, "cat_file", counted)
+    single = open_dataset(remote, name="x", cache_dir=str(tmp_path / "b"), fetch="ranges")
+    sample = single.read(7)
+    assert len(asked) == 2  # the shard's table of offsets, and the sample
+    assert sum(asked) < single.shards[0].num_bytes / 2
+    assert not (tmp_path / "b").exists()
+    assert [single.read(i) for i in range(12)] == [whole.read(i) for i in range(12)]
+    assert sample == whole.read(7)
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
+    fsspec.filesystem("memory").rm_file(shard_0(remote))
+    fresh = open_dataset(remote, name="x", fetch="ranges")
+    with pytest.raises(MissingShard, match="missing, though the index names it"):
+        fresh.read(0)
+    assert fresh.bad_shards == {0: "missing_shard"}
+
+
+# ------------------------------------------------------------------------------------------------------------- bad shards
+
+
+def test_a_shard_that_cannot_be_read_is_tried_once_and_told_once(make_dataset: MakeDataset) -> None:
+    folder = make_dataset(12, shard_kib=8)
+    dataset = open_dataset(str(folder), name="x")
+    shard = folder / "shard.00000.mds"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(DamagedShard, match="the index says"):
+        dataset.read(0)
+    shard.write_bytes(data)  # mended, too late for this process
+    with pytest.raises(DamagedShard, match=r"left out of this run \(damaged_shard\)"):
+        dataset.read(1)
+    assert dataset.news()[0] == {0: "damaged_shard"}
+    assert dataset.news()[0] == {}
+    assert dataset.read(11).key == "0011.jpg"
+    again: Dataset = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    assert again.bad_shards == {0: "damaged_shard"}  # as a data worker is told
+    assert again.news()[0] == {}
+    assert readable(again, 0).key == f"{int(dataset.shard_sizes[0]):04d}.jpg"
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_damage(make_dataset: MakeDataset) -> None:
+    folder = make_dataset(3)
+    dataset = open_dataset(str(folder), name="x")
+    assert dataset.read(0).key == "0000.jpg"
+    os.truncate(folder / "shard.00000.mds", 200)
+    with pytest.raises(DamagedShard, match="the index says"):
+        dataset.read(2)
+
+
+# ------------------------------------------------------------------------------------------------------------------ rows
+
+
+def test_rows_are_those_of_the_library(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    """Also with columns of other encodings and sizes in between."""
+    columns = {**COLUMNS, "a_latent": "ndarray:float16:2,3", "latents": "bytes", "z": "int32"}
+    folder = tmp_path / "set"
+    with mds().Writer(columns=columns, out=str(folder), hashes=["xxh64"], size_limit=2000) as writer:
+        for i in range(20):
+            row = {"key": f"k{i}", "image": bytes([i]) * (i * 11), "captions": [f"caption {i}", "ü"], "label": i - 5}
+            more = {"a_latent": np.full((2, 3), i, np.float16), "latents": bytes(i), "z": np.int32(i)}
+            writer.write({**row, **more})
+    describe(folder)
+    change(folder, lambda index: None)
+    dataset = open_dataset(str(folder), name="x")
+    assert len(dataset.shards) > 2
+    entries = json.loads((folder / INDEX).read_text())["shards"]
+    theirs = [mds().Reader.from_json(str(folder), None, entry) for entry in entries]
+    rows = [reader[i] for reader in theirs for i in range(len(reader))]
+    for i, row in enumerate(rows):
+        sample = dataset.read(i)
+        assert (sample.key, sample.image, list(sample.texts), sample.label) == (
+            row["key"], row["image"], row["captions"], row["label"],
+        )  # fmt: skip
+        assert sample.columns["latents"] == row["latents"]
+        assert np.array_equal(np.frombuffer(sample.columns["a_latent"], np.float16).reshape(2, 3), row["a_latent"])
+        assert int.from_bytes(sample.columns["z"], "little") == row["z"]
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, 7, "holds 7 samples, the index says 3"),
+        (8, 2**32 - 1, "lead out of the file"),
+        (4, 0, "lead out of the file"),
+    ],
+)
+def test_offsets_that_lead_elsewhere(make_dataset: MakeDataset, at: int, value: int, message: str) -> None:
+    """A shard with an honest hash, from a writer that is not."""
+    folder = make_dataset(3)
+    shard = folder / "shard.00000.mds"
+    data = bytearray(shard.read_bytes())
+    data[at : at + 4] = value.to_bytes(4, "little")
+    shard.write_bytes(data)
+    change(folder, _raw(hashes={"xxh64": xxhash.xxh64_hexdigest(data)}))
+    with pytest.raises(DamagedShard, match=message):
+        open_dataset(str(folder), name="x").read(0)
+
+
+def test_an_index_of_many_shards_is_small(tmp_path: Path) -> None:
+    """400,000 shards, as of 300 million samples."""
+    entry = {
+        "column_names": list(COLUMNS),
+        "column_encodings": list(COLUMNS.values()),
+        "column_sizes": [None] * 3 + [8],
+    }
+    shards = [Shard(f"shard.{i:06d}.mds", 750, 64 << 20, f"{i:016x}", {**entry}) for i in range(20_000)]
+    table = of_mds(shards)
+    assert len(pickle.dumps(table)) < 60 * len(shards)
+    assert table[1234] == shards[1234]
+    assert [shard.name for shard in table[5:7]] == ["shard.000005.mds", "shard.000006.mds"]
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(make_dataset: MakeDataset, tmp_path: Path) -> None:

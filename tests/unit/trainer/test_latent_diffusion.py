@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.loader import Batch
+from data.batches import Batch
 from tests.tiny import tiny
 from trainer.config import RunConfig
 from trainer.models.text_encoders import TokenInput

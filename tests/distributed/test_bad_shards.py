@@ -1,0 +1,108 @@
+"""Runs on a dataset some of whose shards cannot be read: all ranks leave the same ones out, and so does a resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.mds import mds
+from data.reader import open_dataset
+from data.schema import COLUMNS, DatasetInfo, index_digest
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_elastic import SHORT, train
+from tests.distributed.test_training import losses
+from tests.tiny import tiny
+from trainer.config import CODE_ROOT
+from trainer.errors import ExitCode
+from trainer.parallel.world import World
+
+EMOJI = str(CODE_ROOT / "data" / "assets" / "emoji_64")
+NUM_SAMPLES = 96
+WORKERS = "data.num_workers=1"
+
+
+def many_shards(folder: Path) -> Path:
+    """The first emoji in about ten shards."""
+    emoji = open_dataset(EMOJI, name="emoji")
+    writer = mds().Writer(out=str(folder), columns=COLUMNS, hashes=["xxh64"], size_limit=16 << 10)
+    for index in range(NUM_SAMPLES):
+        sample = emoji.read(index)
+        writer.write({"key": sample.key, "image": sample.image, "captions": list(sample.texts), "label": -1})
+    writer.finish()
+    digest = index_digest((folder / "index.json").read_bytes())
+    info = DatasetInfo(name="x", num_samples=NUM_SAMPLES, index_digest=digest)
+    (folder / "dataset.json").write_text(info.model_dump_json())
+    return folder
+
+
+def bad(folder: Path) -> None:
+    (folder / "shard.00001.mds").unlink()
+    with open(folder / "shard.00003.mds", "r+b") as file:
+        file.seek(500)
+        file.write(b"\xff\xff")
+
+
+def config(data: Path, *more: str) -> Any:
+    return tiny(*SHORT, f"data.datasets.emoji.url={data}", "metrics.every_steps=2", WORKERS, *more)
+
+
+def attempts(world: World, folder: Path) -> dict[str, Any]:
+    data = folder / "data"
+    out = {
+        "straight": train(world, config(data), str(folder / "straight")),
+        "stopped": train(world, config(data), str(folder / "resumed"), stop_after=6),
+        "too many": train(world, config(data, "data.max_bad_shards=1"), str(folder / "too_many")),
+    }
+    world.barrier()
+    if world.is_main:  # storage is mended while the run stands still
+        (data / "shard.00001.mds").write_bytes((folder / "whole" / "shard.00001.mds").read_bytes())
+    world.barrier()
+    return {**out, "resumed": train(world, config(data), str(folder / "resumed"))}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("bad_shards")
+    many_shards(folder / "whole")
+    bad(many_shards(folder / "data"))
+    return folder, run_ranks(2, attempts, folder)
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    newest = max(run.glob("checkpoints/*/manifest.json"))
+    state: dict[str, Any] = json.loads(newest.read_text())["state"]
+    return state
+
+
+def test_a_run_goes_on_without_them_and_a_resume_repeats_it(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, ranks = runs
+    for seen in ranks:
+        assert (seen["straight"]["code"], seen["stopped"]["code"], seen["resumed"]["code"]) == (
+            ExitCode.DONE, ExitCode.REQUEUE, ExitCode.DONE,
+        )  # fmt: skip
+    assert len(losses(str(folder / "straight"))) == 6
+    assert losses(str(folder / "resumed")) == losses(str(folder / "straight"))
+    for name in ("straight", "resumed"):
+        state = state_of(folder / name)
+        assert sorted(state["bad_shards"]) == [["emoji", 1, "missing_shard"], ["emoji", 3, "damaged_shard"]]
+        assert state["substitutions"] == []  # by shard, not by sample
+        notes = [json.loads(line) for line in (folder / name / "metrics" / "0000.jsonl").read_text().splitlines()]
+        told = [note["note"] for note in notes if "note" in note and "shard.00001.mds" in note["note"]]
+        assert len(told) == 1
+        assert "cannot be read (missing_shard)" in told[0]
+
+
+def test_too_many_end_the_run_and_are_named(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, ranks = runs
+    for seen in ranks:
+        error = seen["too many"]["error"]
+        assert error.startswith("UserError: data.max_bad_shards: 2 shards cannot be read, the limit is 1: ")
+        assert f"{folder}/data/shard.00001.mds (missing_shard)" in error
+        assert f"{folder}/data/shard.00003.mds (damaged_shard)" in error
+        assert "\n" not in error
+
+
+def test_their_state_is_small(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = runs
+    assert len(json.dumps(state_of(folder / "straight")["bad_shards"])) < 100
