@@ -30,8 +30,10 @@ _MAX_DRAWS = 64
 """Of a replacement, those in shards that cannot be read included."""
 Decode = Literal["fast", "balanced", "exact"]
 DECODE_MARGIN: dict[Decode, int | None] = {"fast": 1, "balanced": 2, "exact": None}
-"""JPEGs are decoded no smaller than so many times the resolution; None: in full. With the margin of 2, area averaging gives
-what it gives on the full image, to 33-43 dB on photos of 640 px at 64 to 256 px; without it 30-32 dB."""
+"""JPEGs are decoded no smaller than so many times the resolution; None: in full.
+
+PSNR against `exact`, mean of 80 photos of 640 x 427 px: to 256 px fast 35 dB, balanced 95 dB; to 128 px 32 and 40; to 64 px 33
+and 37. Where the JPEG decoder's own halving is all that is to be done, as from 512 to 256 px, fast gives 46 dB."""
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ class Loader:
             num_workers=num_workers,
             prefetch_factor=self._prefetch_steps,
             timeout=min(_POLL_S, self._timeout_s),
-            worker_init_fn=_become_worker,
+            worker_init_fn=functools.partial(_become_worker, environment=dict(os.environ)),
             multiprocessing_context="forkserver",
             generator=torch.Generator(),  # for a seed that nobody uses; without it the global generator moves on
         )
@@ -360,9 +360,11 @@ def _start_forkserver() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _become_worker(_worker_id: int) -> None:
-    """Runs first in each worker."""
+def _become_worker(_worker_id: int, environment: dict[str, str]) -> None:
+    """Runs first in each worker. The fork server's environment is as old as that; where storage is may be known since."""
     _die_with_trainer()
+    os.environ.clear()
+    os.environ.update(environment)
     for number in _WORKER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WORKER_SIGNALS)

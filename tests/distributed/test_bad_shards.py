@@ -1,6 +1,9 @@
 """Runs on a dataset some of whose shards cannot be read: all ranks leave the same ones out, and so does a resume."""
 
 import json
+import multiprocessing
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from tests.tiny import tiny
 from trainer.config import CODE_ROOT
 from trainer.errors import ExitCode
 from trainer.parallel.world import World
+from trainer.preemption import StopRequest
+from trainer.run import Run
+from trainer.run_folder import RunFolder
 
 EMOJI = str(CODE_ROOT / "data" / "assets" / "emoji_64")
 NUM_SAMPLES = 96
@@ -59,6 +65,33 @@ def attempts(world: World, folder: Path) -> dict[str, Any]:
         (data / "shard.00001.mds").write_bytes((folder / "whole" / "shard.00001.mds").read_bytes())
     world.barrier()
     return {**out, "resumed": train(world, config(data), str(folder / "resumed"))}
+
+
+def killed(world: World, folder: Path) -> dict[str, Any]:
+    """A run whose data worker is killed, and the next start of it."""
+    chosen = config(folder / "whole", "phases.low_resolution.steps=400")
+    killer = threading.Thread(target=_kill_a_worker, daemon=True)
+    killer.start()
+    out = train(world, chosen, str(folder / "killed"))
+    killer.join()
+    run = Run(chosen, RunFolder(str(folder / "killed")), world, StopRequest())
+    out["deaths"] = run.exporter.registry.get_sample_value("loupe_data_worker_deaths_total")
+    run.exporter.close()
+    return out
+
+
+def _kill_a_worker() -> None:
+    while not (workers := multiprocessing.active_children()):
+        time.sleep(0.1)
+    workers[0].kill()
+
+
+def test_a_worker_that_died_is_counted_in_the_next_attempt(tmp_path: Path) -> None:
+    many_shards(tmp_path / "whole")
+    [seen] = run_ranks(1, killed, tmp_path)
+    assert seen["error"].startswith("WorkerDied: step ")
+    assert "by SIGKILL" in seen["error"]
+    assert seen["deaths"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import s3fs
 
+from data import storage as storage_module
 from data.batches import Batch, BatchRequest
 from data.build import build
 from data.loader import Loader, WorkerDied
@@ -137,11 +138,13 @@ def keys(batches: list[Batch]) -> list[list[str]]:
     ids=["503", "cut", "flipped", "hanging"],
 )
 def test_what_passes_is_survived(
-    server: Proxy, remote: str, expected: list[list[str]], tmp_path: Path, fault: Fault, error: str
-) -> None:
+    server: Proxy, remote: str, expected: list[list[str]], tmp_path: Path, fault: Fault, error: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.05)
     fault.happened = 0
     server.faults.append(fault)
-    batches = stream(remote, tmp_path / "cache", deadline_s=15.0 if fault.kind == "hang" else 45.0)
+    batches = stream(remote, tmp_path / "cache", deadline_s=9.0 if fault.kind == "hang" else 45.0, num_workers=0)
     assert keys(batches) == expected
     assert fault.happened == fault.times
     errors = {key[1]: counted(batches, *key) for batch in batches for key in batch.counts if key[0] == ERRORS}
@@ -180,8 +183,9 @@ def test_late_storage_stalls_no_step_when_it_is_asked_ahead(server: Proxy, remot
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
 def test_a_shard_that_stays_bad_is_left_out(
-    remote: str, expected: list[list[str]], local: Path, tmp_path: Path, how: str
+    remote: str, expected: list[list[str]], local: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.05)
     fs = s3fs.S3FileSystem()
     path = f"{remote}/shard.00002.mds"
     data = bytearray(fs.cat_file(path))
@@ -194,7 +198,7 @@ def test_a_shard_that_stays_bad_is_left_out(
         fs.pipe_file(path, bytes(data))
     sizes = open_dataset(str(local), name="x").shard_sizes
     bad = {f"x/{i:04d}.jpg" for i in range(int(sizes[:2].sum()), int(sizes[:3].sum()))}
-    batches = stream(remote, tmp_path / "cache", num_workers=2)
+    batches = stream(remote, tmp_path / "cache", num_workers=0)
     reason = "missing_shard" if how == "missing" else "damaged_shard"
     assert {shard for batch in batches for shard in batch.bad_shards.items()} == {(("x", 2), reason)}
     for batch, right in zip(batches, expected, strict=True):
@@ -206,7 +210,7 @@ def test_a_shard_that_stays_bad_is_left_out(
     assert (
         counted(batches, ERRORS, "missing" if how == "missing" else "damaged") >= 3
     )  # tried again before it was given up
-    again = stream(remote, tmp_path / "cache", num_workers=0)
+    again = stream(remote, tmp_path / "cache", num_workers=1)
     assert keys(again) == keys(batches)  # in a process that finds out for itself
     assert not list((tmp_path / "cache").glob("shards/*/*shard.00002.mds*"))
 
