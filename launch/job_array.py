@@ -132,15 +132,7 @@ def job_manifest(command: Sequence[str], *, name: str, options: ArrayOptions, po
             "completions": options.jobs,
             "parallelism": options.jobs,
             "backoffLimit": 10 * options.jobs,
-            "podFailurePolicy": {
-                "rules": [
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
-                    {
-                        "action": "FailJob",
-                        "onExitCodes": {"containerName": "worker", "operator": "In", "values": [int(ExitCode.USAGE)]},
-                    },
-                ]
-            },
+            "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
             "template": {
                 "spec": {
                     "restartPolicy": "Never",

@@ -20,7 +20,7 @@ class CountingStage(Stage):
     seconds: float = 0.0
     """Of a sample."""
     fails: str = ""
-    """Item that fails."""
+    """Item that fails; `all` of them."""
     fails_for_user: bool = False
     log: str | None = None
     """File to which every sample that is worked at is appended, published or not."""
@@ -41,8 +41,9 @@ class CountingStage(Stage):
 
     def _count(self, work: Work) -> Iterator[Part]:
         first = work.cursor or 0
-        if work.item["name"] == self.fails:
-            raise UserError("bad item") if self.fails_for_user else RuntimeError("broken item")
+        if self.fails in (work.item["name"], "all"):
+            why = "bad item" if self.fails != "all" else "bad item " + "x" * 250
+            raise UserError(why) if self.fails_for_user else RuntimeError("broken item")
         while first < self.samples:
             end = min(first + self.part, self.samples)
             file = work.scratch / "numbers.txt"

@@ -61,6 +61,8 @@ _LAYOUTS = ("auto", "tars", "manifest", "images", "metadata", "texts", "classes"
 @click.option("--attempts", type=click.IntRange(1, 10), default=3, show_default=True, help="Requests for an image.")
 @click.option("--allow-private", is_flag=True, help="Fetch also from private addresses, such as a server of your own.")
 @click.option("--allow-local", is_flag=True, help="Let a manifest name files of this machine.")
+@click.option("--allow-object-stores", is_flag=True,
+              help="Let a manifest name objects such as s3://..., which are read with your credentials.")  # fmt: skip
 @stage_options
 def ingest(
     sources: tuple[str, ...],
@@ -83,6 +85,7 @@ def ingest(
     attempts: int,
     allow_private: bool,
     allow_local: bool,
+    allow_object_stores: bool,
     options: StageOptions,
 ) -> None:
     """Bring the images of each SOURCE into shards of samples at OUT, a folder or a URL such as s3://bucket/ingested.
@@ -127,7 +130,7 @@ def ingest(
         filters=Filters(
             min_side, max_aspect, min_caption, keep_uncaptioned, max_image_mib, near_duplicates=not keep_near_duplicates
         ),
-        urls=UrlOptions(per_host, connections, timeout, attempts, allow_private, allow_local),
+        urls=UrlOptions(per_host, connections, timeout, attempts, allow_private, allow_local, allow_object_stores),
         class_words=read_class_names(class_names) if class_names else {},
         distance=None if keep_near_duplicates else phash_distance,
     )

@@ -150,6 +150,8 @@ def _submit(stage: Stage, out: str, options: StageOptions) -> None:
 
     StageStore(out)  # refuses a URL that cannot be opened before anything is queued
     arguments = command_line(click.get_current_context())
+    if options.cpus_per_task and "--workers" not in arguments:  # a job sees its node's cores, whatever it may use
+        arguments += ["--workers", str(options.cpus_per_task)]
     name = f"loupe-{stage.name}"
     array = ArrayOptions(
         options.array, options.partition, options.account, options.time_limit, options.cpus_per_task, options.mem,

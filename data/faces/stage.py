@@ -19,6 +19,7 @@ from data.faces import audit
 from data.faces.blur import blur_faces, encode
 from data.faces.detect import Detector, DetectorSpec
 from data.images import ImageError, read_image
+from data.provenance import public_url
 from data.stages.runner import Part, Pass, Stage, Work, done_receipts
 from data.stages.samples import Row, SampleWriter, Shard, fetch, open_samples, read_shard
 from data.stages.store import Json, StageStore
@@ -60,7 +61,7 @@ class Faces(Stage):
 
     def settings(self) -> dict[str, Json]:
         return {
-            "input": self.url,
+            "input": public_url(self.url),
             "detector": self.detector.settings(),
             "cells": self.cells,
             "margin": self.margin,

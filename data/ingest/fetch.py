@@ -102,6 +102,12 @@ class Fetcher:
             return 0
         return sum(bool(host.silent) and host.silent[-1] in unreachable for host in hosts)
 
+    def forget(self) -> None:
+        """Count who answers anew: a network that is lost later must be told from hosts that are gone."""
+        for host in self._hosts.values():
+            host.answered = False
+            host.silent.clear()
+
     def _call(self, work: Coroutine[Any, Any, None]) -> "Future[None]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 

@@ -30,6 +30,7 @@ class UrlOptions:
     attempts: int = 3
     allow_private: bool = False
     allow_local: bool = False
+    allow_object_stores: bool = False
 
 
 def url_parts(work: Work, columns: Columns, filters: Filters, options: UrlOptions) -> Iterator[Part]:
@@ -44,7 +45,7 @@ def url_parts(work: Work, columns: Columns, filters: Filters, options: UrlOption
             filters.max_image_bytes, options.per_host, options.connections, options.timeout_s, attempts=options.attempts,
             allow_private=options.allow_private,
         )  # fmt: skip
-        getter = _Getter(stack, limits, item["url"], options.allow_local)
+        getter = _Getter(stack, limits, item["url"], options)
         while begin < len(rows):
             some = rows[begin : begin + PART_SAMPLES]
             begin += len(some)
@@ -79,8 +80,8 @@ def _take(part: PartWriter, row: ManifestRow, future: "Future[None]", file: Path
 class _Getter:
     """Brings what a row names to a file, by whichever protocol it names."""
 
-    def __init__(self, stack: ExitStack, limits: FetchLimits, manifest: str, allow_local: bool) -> None:
-        self._stack, self._limits, self._allow_local = stack, limits, allow_local
+    def __init__(self, stack: ExitStack, limits: FetchLimits, manifest: str, options: UrlOptions) -> None:
+        self._stack, self._limits, self._options = stack, limits, options
         self._manifest = manifest
         self._fetcher: Fetcher | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -98,9 +99,12 @@ class _Getter:
             return _failed(FetchError("bad_url", f"the scheme {scheme[:20]!r}"))
         url = row.url
         if scheme == "file":
-            if not self._allow_local:
+            if not self._options.allow_local:
                 return _failed(FetchError("local_file", "files of this machine are read with --allow-local only"))
             url = self._local(url)
+        elif not self._options.allow_object_stores:
+            # with our own credentials: whoever wrote the list could have our private objects published
+            return _failed(FetchError("object_store", "object stores are read with --allow-object-stores only"))
         if self._pool is None:
             self._pool = ThreadPoolExecutor(16)
             self._stack.callback(self._pool.shutdown, wait=False, cancel_futures=True)
@@ -113,6 +117,8 @@ class _Getter:
         """
         if self._fetcher is not None and (silent := self._fetcher.all_silent()) >= SILENT_HOSTS:
             raise StorageError(f"none of {silent} hosts answers; is this machine connected?")
+        if self._fetcher is not None:
+            self._fetcher.forget()
 
     def _local(self, url: str) -> str:
         """A path, from the manifest's folder on where it is relative."""

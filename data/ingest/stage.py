@@ -57,6 +57,7 @@ class IngestStage(Stage):
             "filters": self.filters.settings(),
             "allow_private": self.urls.allow_private,
             "allow_local": self.urls.allow_local,
+            "allow_object_stores": self.urls.allow_object_stores,
             "class_names": xxhash.xxh64(named).hexdigest() if self.class_words else None,
             "phash_distance": self.distance,
         }

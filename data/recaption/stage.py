@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.images import ImageError
+from data.provenance import public_url
 from data.recaption.captioner import Caption, Captioner, Decoding
 from data.recaption.images import Resize, prepared
 from data.recaption.model import ModelFiles
@@ -56,7 +57,7 @@ class Recaption(Stage):
 
     def settings(self) -> dict[str, Json]:
         return {
-            "input": self.url,
+            "input": public_url(self.url),
             "model": self.model.name,
             "revision": self.model.revision,
             "prompts": self.prompts,

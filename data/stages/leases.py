@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from data.stages.store import Json, StageStore, to_json
 from data.storage import StorageError
 
-MAX_TAKEOVERS = 20
-"""Of one item without a new part in between: that many workers died of it, and so would the next."""
+MAX_DEATHS = 20
+"""Of workers at one item without a new part in between: so would the next die."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Holder:
     """Unix time."""
     samples: int = 0
     """Done of the item so far."""
+    parts: int = 0
+    """That the item had when it was taken."""
+    deaths: int = 0
+    """Of workers before this one, since the item had fewer parts."""
 
 
 @dataclass
@@ -37,6 +41,8 @@ class Lease:
     worker: str
     attempt: str
     seconds: float
+    parts: int = 0
+    deaths: int = 0
     samples: Callable[[], int] = lambda: 0
     lost: threading.Event = field(default_factory=threading.Event)
     """Another worker has taken over, or renewals have failed for longer than the lease."""
@@ -62,13 +68,16 @@ class Lease:
                 self.store.delete(f"{self.folder}/{lease_name(self.item, generation)}")
 
     def content(self) -> bytes:
-        return _content(self.worker, self.attempt, self.seconds, self.samples())
+        tree = {"worker": self.worker, "attempt": self.attempt, "deadline": time.time() + self.seconds}
+        return to_json({**tree, "samples": self.samples(), "parts": self.parts, "deaths": self.deaths})
 
     def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._end.wait(self.seconds / 3):
             try:
-                if self.store.exists(f"{self.folder}/{lease_name(self.item, self.generation + 1)}"):
+                if self.store.exists(
+                    f"{self.folder}/{lease_name(self.item, self.generation + 1)}", deadline_s=self.seconds / 3
+                ):
                     self.lost.set()
                     return
                 self.store.replace(self.name, self.content(), deadline_s=self.seconds / 3)
@@ -77,10 +86,6 @@ class Lease:
                 if time.monotonic() - renewed > self.seconds:
                     self.lost.set()
                     return
-
-
-def _content(worker: str, attempt: str, seconds: float, samples: int) -> bytes:
-    return to_json({"worker": worker, "attempt": attempt, "deadline": time.time() + seconds, "samples": samples})
 
 
 def lease_name(item: str, generation: int) -> str:
@@ -101,7 +106,8 @@ def holder(store: StageStore, folder: str, item: str, generation: int) -> Holder
     """Who holds it; None where it has just been released."""
     try:
         tree: Json = json.loads(store.read(f"{folder}/{lease_name(item, generation)}", max_bytes=1 << 16))
-        return Holder(str(tree["worker"]), str(tree["attempt"]), float(tree["deadline"]), int(tree.get("samples", 0)))
+        counts = (int(tree.get(name, 0)) for name in ("samples", "parts", "deaths"))
+        return Holder(str(tree["worker"]), str(tree["attempt"]), float(tree["deadline"]), *counts)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -109,18 +115,30 @@ def holder(store: StageStore, folder: str, item: str, generation: int) -> Holder
 
 
 def take(
-    store: StageStore, folder: str, item: str, generation: int | None, *, worker: str, attempt: str, seconds: float
+    store: StageStore,
+    folder: str,
+    item: str,
+    generation: int | None,
+    *,
+    worker: str,
+    attempt: str,
+    seconds: float,
+    parts: Callable[[], int],
 ) -> Lease | None:
     """The item's lease, if nobody holds it.
 
     Args:
         generation: newest lease of the item, as listed; None: there is none.
+        parts: how many parts the item has; asked where a lease is taken over.
     """
-    new = 0
+    new = num_parts = deaths = 0
     if generation is not None:
         current = holder(store, folder, item, generation)
         if current is not None and time.time() < current.deadline:
             return None
         new = generation + 1 if current is not None else generation
-    lease = Lease(store, folder, item, new, worker, attempt, seconds)
+        if current is not None:
+            num_parts = parts()
+            deaths = 0 if num_parts > current.parts else current.deaths + 1
+    lease = Lease(store, folder, item, new, worker, attempt, seconds, num_parts, deaths)
     return lease if store.create(lease.name, lease.content()) else None

@@ -189,27 +189,23 @@ class Worker:
         """Take an item and do it; False if somebody else has it."""
         folder, name = pass_folder(one_pass.name), item["name"]
         attempt = secrets.token_hex(6)
-        if generation is not None and generation >= leases.MAX_TAKEOVERS:
-            self._fail(
-                folder,
-                name,
-                attempt,
-                f"{generation} workers died at it one after another; look at their logs",
-                final=True,
-            )
-            return True
+        if not self._opened:  # before a lease: a machine that lacks what the stage needs must not fail its items
+            self.stage.open()
+            self._opened = True
         lease = leases.take(
-            self.store, f"{folder}/leases", name, generation, worker=self.name, attempt=attempt, seconds=self.lease_s
-        )
+            self.store, f"{folder}/leases", name, generation, worker=self.name, attempt=attempt, seconds=self.lease_s,
+            parts=lambda: len(self.store.names(f"{folder}/parts/{name}")),
+        )  # fmt: skip
         if lease is None:
             return False
         with lease:
             if self.store.exists(f"{folder}/done/{name}.json"):  # between the listing and the lease
                 return True
+            if lease.deaths >= leases.MAX_DEATHS:
+                why = f"{lease.deaths} workers died at it one after another; look at their logs"
+                self._fail(folder, name, attempt, why, final=True)
+                return True
             try:
-                if not self._opened:
-                    self.stage.open()
-                    self._opened = True
                 self._do(one_pass, item, lease)
             except Stopped:
                 self._check_stop()
@@ -302,7 +298,10 @@ class Worker:
         return found
 
     def _why(self, folder: str, file: str) -> str:
-        return str(self.store.read_json(f"{folder}/failed/{file}")["why"])
+        try:
+            return str(self.store.read_json(f"{folder}/failed/{file}")["why"])
+        except FileNotFoundError:
+            return "its failures were forgotten meanwhile; run again"
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -342,13 +341,19 @@ def done_receipts(store: StageStore, pass_name: str) -> Iterator[Json]:
 
 
 def retry_failed(store: StageStore, stage: Stage) -> int:
-    """Forget why items failed, so that they are tried again; returns how many there were."""
+    """Forget why items failed, and which workers died at them, so that they are tried again; returns how many there were."""
     items = set()
     for one_pass in stage.passes():
         folder = f"{pass_folder(one_pass.name)}/failed"
         for file in store.names(folder):
             items.add((one_pass.name, file.removesuffix(".json").rpartition(".")[0]))
             store.delete(f"{folder}/{file}")
+        folder = f"{pass_folder(one_pass.name)}/leases"
+        for item, generation in leases.held(store.names(folder)).items():
+            found = leases.holder(store, folder, item, generation)
+            if found and found.deaths and found.deadline < time.time():
+                for old in range(generation + 1):
+                    store.delete(f"{folder}/{leases.lease_name(item, old)}")
     return len(items)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from data.stages import leases
@@ -86,7 +87,8 @@ class Watcher:
         for name in self._store.names(f"{folder}/failed"):
             item = name.removesuffix(".json").rpartition(".")[0]
             if item not in status.failed and f"{item}.json" not in self._read[status.name]:
-                status.failed[item] = str(self._store.read_json(f"{folder}/failed/{name}")["why"])
+                with suppress(FileNotFoundError):  # --retry-failed, meanwhile
+                    status.failed[item] = str(self._store.read_json(f"{folder}/failed/{name}")["why"])
 
     def _speed(self, samples: int) -> float | None:
         now = time.monotonic()

@@ -15,11 +15,12 @@ Objects are made by create-if-absent, which one of several writers wins: that al
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.storage import DEADLINE_S, Storage, with_retries
+from data.storage import CHUNK_BYTES, DEADLINE_S, Storage, with_retries
 from trainer.errors import UserError
 
 Json = Any
@@ -104,12 +105,12 @@ class StageStore(Storage):
 
         return with_retries(attempt, f"{self.url}/{folder}", deadline_s)
 
-    def exists(self, name: str) -> bool:
+    def exists(self, name: str, *, deadline_s: float = DEADLINE_S) -> bool:
         def attempt(_deadline: float) -> bool:
             self.fs.invalidate_cache()
             return bool(self.fs.exists(self.path(name)))
 
-        return with_retries(attempt, f"{self.url}/{name}", DEADLINE_S)
+        return with_retries(attempt, f"{self.url}/{name}", deadline_s)
 
     def delete(self, name: str) -> None:
         """Nothing where there is no such object."""
@@ -123,10 +124,16 @@ class StageStore(Storage):
         with_retries(attempt, f"{self.url}/{name}", DEADLINE_S)
 
     def put_new(self, file: Path, name: str) -> None:
-        """Bring a file to a name that no other writer uses."""
-        if self.is_local:
-            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
-        self.put(file, name)
+        """Bring a file to a name that no other writer uses; on disk before a receipt can name it."""
+        if not self.is_local:
+            self.put(file, name)
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "rb") as source, open(target, "wb") as copy:
+            shutil.copyfileobj(source, copy, CHUNK_BYTES)
+            copy.flush()
+            os.fsync(copy.fileno())
 
     # ------------------------------------------------------------------------------------------------------------ json
 

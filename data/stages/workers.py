@@ -99,11 +99,12 @@ class _Group:
         """
         for worker in [*self._workers]:
             process, pipe = worker
-            if process.is_alive():
+            # What it says is read before it has ended: a pipe holds 64 KB, and it cannot end before the rest is read.
+            if process.is_alive() and not pipe.poll():
                 continue
+            said = _said(pipe)
             process.join()
             self._workers.remove(worker)
-            said = _said(pipe)
             if said is None:
                 self._replace(process)
             else:
@@ -120,7 +121,8 @@ class _Group:
         self._start()
 
     def wait(self, seconds: float) -> None:
-        multiprocessing.connection.wait([process.sentinel for process, _ in self._workers], timeout=seconds)
+        waited = [item for process, pipe in self._workers for item in (process.sentinel, pipe)]
+        multiprocessing.connection.wait(waited, timeout=seconds)
 
     def failures(self) -> list[str]:
         return sorted({line for lines in self._results for line in lines})
@@ -132,7 +134,7 @@ def _said(pipe: Connection) -> tuple[str, Any] | None:
         try:
             kind, value = pipe.recv()
             return kind, value
-        except EOFError:
+        except (EOFError, OSError):
             return None
 
 

@@ -323,7 +323,8 @@ def test_objects_and_local_files_of_a_manifest(s3: str, tmp_path: Path, coco: Co
     path = tmp_path / "m.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     counts = ingest(
-        str(tmp_path / "out"), path, columns=Columns("where", "alt"), urls=UrlOptions(allow_local=True),
+        str(tmp_path / "out"), path, columns=Columns("where", "alt"),
+        urls=UrlOptions(allow_local=True, allow_object_stores=True),
     )  # fmt: skip
     assert counts["ingest"] == {
         "read": 10, "kept": 7, "rejected/missing_file": 1, "rejected/bad_url": 1, "rejected/unreadable_file": 1,
@@ -331,6 +332,13 @@ def test_objects_and_local_files_of_a_manifest(s3: str, tmp_path: Path, coco: Co
     assert [image for _, image in samples_of(str(tmp_path / "out"), tmp_path)] == [
         *(image for image, _ in coco[:6]), coco[7][0],
     ]  # fmt: skip
+    refused = ingest(str(tmp_path / "refused"), path, columns=Columns("where", "alt"))
+    assert refused["ingest"] == {
+        "read": 10,
+        "rejected/object_store": 7,
+        "rejected/local_file": 2,
+        "rejected/bad_url": 1,
+    }
     with pytest.raises(UserError, match=r"no column url or .* but where, alt; name it with --url-column"):
         list(slices(str(path), path.stat().st_size, Columns()))
 

@@ -98,3 +98,11 @@ def test_a_workers_error_of_the_user_reaches_the_command(tmp_path: Path) -> None
     run_workers(CountingStage(), str(tmp_path / "out"), workers=1, tick_s=0.1)
     with pytest.raises(UserError, match="begun with samples = 10, now it is 9"):
         run_workers(CountingStage(samples=9), str(tmp_path / "out"), workers=2, tick_s=0.1)
+
+
+def test_hundreds_of_failures_come_through(tmp_path: Path) -> None:
+    """More than a pipe holds."""
+    stage = CountingStage(items=300, fails="all", fails_for_user=True)
+    lines = run_workers(stage, str(tmp_path / "out"), workers=2, tick_s=0.1)
+    assert len(lines) == 300
+    assert sum(map(len, lines)) > 1 << 16

@@ -187,12 +187,34 @@ def test_a_users_error_is_not_tried_again(tmp_path: Path) -> None:
     assert worker(stage, tmp_path / "out").run() == ["count i000: bad item"]
 
 
-def test_an_item_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
+def test_an_item_that_kills_its_workers_is_given_up_and_tried_again_when_asked(tmp_path: Path) -> None:
     out = StageStore(str(tmp_path / "out"))
-    last = f"work/count/leases/{leases.lease_name('i000', leases.MAX_TAKEOVERS)}"
-    out.create_json(last, {"worker": "gone", "attempt": "x", "deadline": 0})
-    (line,) = worker(CountingStage(items=1), tmp_path / "out").run()
+    dead = {"worker": "gone", "attempt": "x", "deadline": 0, "deaths": leases.MAX_DEATHS - 1}
+    out.create_json(f"work/count/leases/{leases.lease_name('i000', 3)}", dead)
+    stage = CountingStage(items=1)
+    (line,) = worker(stage, tmp_path / "out").run()
     assert "20 workers died at it" in line
+    assert retry_failed(out, stage) == 1
+    assert worker(stage, tmp_path / "out").run() == []
+
+
+def test_deaths_count_only_since_the_last_part(tmp_path: Path) -> None:
+    out = StageStore(str(tmp_path / "out"))
+    dead = {"worker": "gone", "attempt": "x", "deadline": 0, "deaths": leases.MAX_DEATHS - 1, "parts": 0}
+    out.create_json(f"work/count/leases/{leases.lease_name('i000', 0)}", dead)
+    taken = leases.take(out, "work/count/leases", "i000", 0, worker="me", attempt="a", seconds=60, parts=lambda: 1)
+    assert taken
+    assert (taken.deaths, taken.parts, taken.generation) == (0, 1, 1)
+
+
+def test_a_machine_that_cannot_open_the_stage_fails_none_of_its_items(tmp_path: Path) -> None:
+    class Needy(CountingStage):
+        def open(self) -> None:
+            raise UserError("no weights here")
+
+    with pytest.raises(UserError, match="no weights here"):
+        worker(Needy(items=2), tmp_path / "out").run()
+    assert worker(CountingStage(items=2), tmp_path / "out").run() == []
 
 
 def test_stopped_between_samples(tmp_path: Path) -> None:
