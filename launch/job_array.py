@@ -69,6 +69,11 @@ def array_script(command: Sequence[str], *, name: str, options: ArrayOptions, co
     )
 
 
+def script_here(command: Sequence[str], *, name: str, options: ArrayOptions) -> str:
+    """The script, for the code that runs now."""
+    return array_script(command, name=name, options=options, code_dir=str(Path(__file__).resolve().parents[1]))
+
+
 def submit_array(command: Sequence[str], *, name: str, options: ArrayOptions) -> str:
     """Queue it; returns the array's id. Logs go to the folder that it is submitted from.
 
@@ -78,7 +83,7 @@ def submit_array(command: Sequence[str], *, name: str, options: ArrayOptions) ->
     for tool in ("sbatch", "srun", "squeue"):
         if shutil.which(tool) is None:
             raise UserError(f"{tool}: not found; submit from a login node of the cluster, or take --cluster local")
-    script = array_script(command, name=name, options=options, code_dir=str(Path(__file__).resolve().parents[1]))
+    script = script_here(command, name=name, options=options)
     test_only(script)
     result = subprocess.run(
         ["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False, env=os.environ

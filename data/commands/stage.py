@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data.stages.runner import LEASE_S, Stage, Stopped, retry_failed
 from data.stages.status import PassStatus, StageStatus, Watcher, count_lines
-from data.stages.store import StageStore
+from data.stages.store import STAGE, StageStore, check_claim
 from data.stages.workers import run_workers
 from trainer.errors import ExitCode, UserError
 
@@ -96,10 +96,16 @@ def run(stage: Stage, out: str, options: StageOptions) -> None:
     """
     console = Console(stderr=True)
     if options.watch:
+        if not StageStore(out).exists(STAGE):
+            raise UserError(f"{out}: nothing has begun there yet; watch it once workers have started")
         watch(out, console)
         return
+    if options.cluster == "local" and options.array > 1:
+        raise UserError("--array: is of jobs on a cluster; add --cluster slurm or kubernetes, or take --workers here")
     if options.dry_run:
         _dry_run(stage, out, options)
+        if options.cluster != "local":
+            _submit(stage, out, options)
         return
     if options.retry_failed and (count := retry_failed(StageStore(out), stage)):
         click.echo(f"{out}: {count} failed items are tried again")
@@ -131,6 +137,8 @@ def _tell(out: str, failures: list[str]) -> None:
 
 
 def _dry_run(stage: Stage, out: str, options: StageOptions) -> None:
+    if StageStore(out).exists(STAGE):
+        check_claim(StageStore(out), stage.name, stage.version, stage.settings())
     click.echo(f"{stage.name} into {out}")
     for name, value in stage.settings().items():
         click.echo(f"  {name}: {value}")
@@ -146,7 +154,8 @@ def _dry_run(stage: Stage, out: str, options: StageOptions) -> None:
 
 
 def _submit(stage: Stage, out: str, options: StageOptions) -> None:
-    from launch.job_array import ArrayOptions, PodOptions, job_manifest, submit_array
+    """To the queue; on a dry run, and for Kubernetes, print what would go there."""
+    from launch.job_array import ArrayOptions, PodOptions, job_manifest, script_here, submit_array
 
     StageStore(out)  # refuses a URL that cannot be opened before anything is queued
     arguments = command_line(click.get_current_context())
@@ -163,6 +172,9 @@ def _submit(stage: Stage, out: str, options: StageOptions) -> None:
         pod = PodOptions(options.image, options.namespace, options.secret)
         click.echo(job_manifest(["loupe", *arguments], name=name, options=array, pod=pod), nl=False)
         return
+    if options.dry_run:
+        click.echo(script_here([sys.executable, "-m", "launch.cli", *arguments], name=name, options=array), nl=False)
+        return
     job = submit_array([sys.executable, "-m", "launch.cli", *arguments], name=name, options=array)
     click.echo(f"job {job}: {options.array} of {stage.name}; look with `loupe {shlex.join(arguments)} --watch`")
 
@@ -177,6 +189,7 @@ _PLACES = {
     "mem",
     "gpus_per_task",
     "retry_failed",
+    "dry_run",
 }
 
 

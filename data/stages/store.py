@@ -172,6 +172,14 @@ def claim(store: StageStore, name: str, version: int, settings: Json, passes: Se
         _check_exclusive(store)
         if store.create(STAGE, to_json(ours)):
             return
+    check_claim(store, name, version, settings)
+
+
+def check_claim(store: StageStore, name: str, version: int, settings: Json) -> None:
+    """
+    Raises:
+        UserError: `stage.json` is not there, or of another stage, version or settings.
+    """
     theirs = read_stage(store)
     if theirs["stage"] != name:
         raise UserError(f"{store.url}: is the output of `{theirs['stage']}`, not of `{name}`; name another folder")
@@ -179,14 +187,22 @@ def claim(store: StageStore, name: str, version: int, settings: Json, passes: Se
         raise UserError(
             f"{store.url}: was begun by version {theirs['version']} of `{name}`, this is {version}; name a new folder"
         )
-    theirs, ours = theirs["settings"], json.loads(to_json(settings))
-    different = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    if different:
-        key = different[0]
+    if found := _difference(theirs["settings"], json.loads(to_json(settings))):
+        key, before, now = found
         raise UserError(
-            f"{store.url}: was begun with {key} = {theirs.get(key)!r}, now it is {ours.get(key)!r}; repeat the first command, "
-            "or name a new folder"
+            f"{store.url}: was begun with {key} = {before!r}, now it is {now!r}; repeat the first command, or name a new folder"
         )
+
+
+def _difference(before: Json, now: Json, key: str = "") -> tuple[str, Json, Json] | None:
+    """The first setting that differs, and its two values."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None if before == now else (key, before, now)
+    found = (
+        _difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        for name in sorted({*before, *now})
+    )
+    return next((difference for difference in found if difference), None)
 
 
 def _check_exclusive(store: StageStore) -> None:

@@ -14,7 +14,7 @@ from data.stages import leases, runner
 from data.stages.runner import Part, Stopped, Work, Worker, done_receipts, hash_file, retry_failed
 from data.stages.samples import fetch
 from data.stages.status import Watcher
-from data.stages.store import SUMMARY, StageStore
+from data.stages.store import SUMMARY, StageStore, check_claim, claim
 from tests.counting_stage import CountingStage, expected, published, worked_at
 from trainer.errors import UserError
 
@@ -67,6 +67,13 @@ def test_other_settings_or_another_stage_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="is the output of `counting`, not of `other`"):
         worker(Other(), tmp_path / "out").run()
+
+
+def test_the_setting_that_differs_is_named_however_deep(tmp_path: Path) -> None:
+    store = StageStore(str(tmp_path))
+    claim(store, "x", 1, {"filters": {"min_side": 64, "max_aspect": 3}}, ["x"])
+    with pytest.raises(UserError, match=r"begun with filters.min_side = 64, now it is 32; "):
+        check_claim(store, "x", 1, {"filters": {"min_side": 32, "max_aspect": 3}})
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
