@@ -51,7 +51,7 @@ demo-autoencoder: setup ## train the shipped autoencoder again and put it in its
 test: setup ## all tests (under 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-long: setup ## small experiments from end to end (a quarter of an hour on two cores)
+test-long: setup ## experiments and the data chain from end to end, killed workers on S3 (a quarter of an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long
 
 test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width

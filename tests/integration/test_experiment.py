@@ -14,6 +14,7 @@ from trainer.experiments.results import METRICS
 
 
 @pytest.mark.shared
+@pytest.mark.long
 def test_the_smallest_experiment(tmp_path: Path, shared_dir: Path) -> None:
     """One rival has no network: its run is listed as missing, and stands in no table."""
     (tmp_path / "empty").mkdir()
