@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 
 from data.buckets import nearest
 from data.card import GRID_COLUMNS, GRID_ROWS, Card, grid
-from data.images import ImageError, image_format, read_image
+from data.images import ImageError, encode_image, image_format, read_image
 from data.mds import mds
 from data.provenance import Record
 from data.publish import check_free, check_writable, publish, temporary_folder
@@ -238,21 +236,12 @@ def _sample(entry: Entry, resize: Resize) -> dict[str, Any]:
     target = kind if resize.format == "keep" else resize.format
     shrunk_HWC = shrink_short_side(pixels_HWC, resize.short_side) if resize.short_side else pixels_HWC
     if shrunk_HWC is not pixels_HWC or target != kind:
-        data = _encode(shrunk_HWC, target, resize.quality or 90)
+        data = encode_image(shrunk_HWC, target, resize.quality or 90)
     return {
         "key": entry.key, "image": data, "captions": list(entry.captions), "label": entry.label,
         # No columns: these are counted, and decide the bucket.
         "shape": shrunk_HWC.shape[:2], "kind": target, "licence": entry.licence,
     }  # fmt: skip
-
-
-def _encode(image_HWC: Any, kind: str, quality: int) -> bytes:
-    if kind == "jpeg":  # full colour resolution: halved chroma shows at the sizes that people shrink to
-        return bytes(simplejpeg.encode_jpeg(image_HWC, quality=quality, colorsubsampling="444"))
-    options = [cv2.IMWRITE_WEBP_QUALITY, quality] if kind == "webp" else []
-    done, encoded = cv2.imencode(f".{kind}", cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR), options)
-    assert done
-    return bytes(encoded.tobytes())
 
 
 def _write_shards(folder: Path, samples: Iterator[dict[str, Any]], shard_bytes: int, max_samples: int | None) -> int:

@@ -8,6 +8,7 @@ import io
 import struct
 from typing import Any
 
+import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -156,3 +157,14 @@ def _read_with_pillow(data: bytes) -> NDArray[np.uint8]:
 def _check_pixels(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ImageError("too_many_pixels", f"{width} x {height}; the limit is {MAX_PIXELS >> 20} megapixels")
+
+
+def encode_image(image_HWC: NDArray[np.uint8], kind: str, quality: int) -> bytes:
+    """An image file of the format `kind`, of RGB pixels: PNG without loss, JPEG at full colour resolution, since halved chroma
+    shows at the sizes that people shrink to."""
+    if kind == "jpeg":
+        return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image_HWC), quality=quality, colorsubsampling="444"))
+    options = [cv2.IMWRITE_WEBP_QUALITY, quality] if kind == "webp" else []
+    done, encoded = cv2.imencode(f".{kind}", cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR), options)
+    assert done
+    return bytes(encoded.tobytes())

@@ -8,7 +8,8 @@ from typing import Any
 
 import xxhash
 
-from data.ingest.ranges import in_order, within
+from data.ahead import in_order
+from data.ingest.ranges import within
 from data.stages.runner import done_receipts, sum_counts
 from data.stages.store import SUMMARY, Json, StageStore, read_stage
 from data.storage import CHUNK_BYTES, with_retries

@@ -5,7 +5,6 @@ image_HWC: uint8 RGB, upright; boxes_N5: as in data.faces.detect.
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
 FEATHER = 0.2
@@ -65,13 +64,3 @@ def _averaged(region_HWC: NDArray[np.uint8], *, cell_width: float, cell_height: 
     return np.asarray(
         cv2.GaussianBlur(smooth_HWC, (0, 0), sigmaX=sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REPLICATE)
     )
-
-
-def encode(image_HWC: NDArray[np.uint8], kind: str, quality: int) -> bytes:
-    """An image file of the format `kind`; JPEG at full colour resolution, PNG without loss."""
-    if kind == "jpeg":
-        return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image_HWC), quality=quality, colorsubsampling="444"))
-    options = [cv2.IMWRITE_WEBP_QUALITY, quality] if kind == "webp" else []
-    done, encoded = cv2.imencode(f".{kind}", cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR), options)
-    assert done
-    return bytes(encoded.tobytes())

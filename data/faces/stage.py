@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data.faces import audit
-from data.faces.blur import blur_faces, encode
+from data.faces.blur import blur_faces
 from data.faces.detect import Detector, DetectorSpec
-from data.images import ImageError, read_image
+from data.images import ImageError, encode_image, read_image
 from data.provenance import public_url
 from data.stages.runner import Part, Pass, Stage, Work, done_receipts
 from data.stages.samples import Row, SampleWriter, Shard, fetch, open_samples, read_shard
@@ -113,7 +113,7 @@ class Faces(Stage):
         image_HWC = strip.image()
         if image_HWC is not None:
             files["audit"] = work.scratch / "audit.png"
-            files["audit"].write_bytes(encode(image_HWC, "png", 100))
+            files["audit"].write_bytes(encode_image(image_HWC, "png", 100))
         yield Part(files, counts, cursor="end")
 
     def _blurred(
@@ -130,7 +130,7 @@ class Faces(Stage):
         if not len(boxes_N5):
             return row, data, boxes_N5, image_HWC
         blurred_HWC = blur_faces(image_HWC, boxes_N5, cells=self.cells, margin=self.margin)
-        data = encode(blurred_HWC, row.format, self.quality)
+        data = encode_image(blurred_HWC, row.format, self.quality)
         height, width = blurred_HWC.shape[:2]
         row = replace(row, content=xxhash.xxh3_128_digest(data), size=len(data), width=width, height=height)
         return row, data, boxes_N5, blurred_HWC
@@ -177,7 +177,7 @@ class Faces(Stage):
         if grid_HWC is None:
             return False
         path = folder / AUDIT
-        path.write_bytes(encode(grid_HWC, "png", 100))
+        path.write_bytes(encode_image(grid_HWC, "png", 100))
         store.put_new(path, AUDIT)
         return True
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from data.ahead import in_order
 from data.ingest.duplicates import EXACT, HASHES, NEAR, find_duplicates
-from data.ingest.ranges import in_order
 from data.stages.runner import Part, Work, done_receipts
 from data.stages.samples import MAX_INDEX_BYTES, fetch
 from data.stages.store import Json, StageStore

@@ -11,10 +11,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.ahead import in_order
 from data.images import ImageError
 from data.ingest.examine import Filters, Found, PartWriter
 from data.ingest.fetch import public_url
-from data.ingest.ranges import TooLarge, filesystem, in_order, is_local, read_object
+from data.ingest.ranges import TooLarge, filesystem, is_local, read_object
 from data.source import METADATA, Listed, clean, list_images, words
 from data.stages.runner import PART_SAMPLES, Part, Work
 from data.stages.samples import MAX_INDEX_BYTES, fetch

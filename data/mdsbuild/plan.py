@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.ingest.ranges import in_order
+from data.ahead import in_order
 from data.mdsbuild.windows import FETCHERS, SIZES
 from data.schema import LABELS
-from data.stages.runner import Part, Work, sum_counts
+from data.stages.runner import Part, Work, done_receipts, sum_counts
 from data.stages.samples import fetch
 from data.stages.store import Json, StageStore
 from data.stats import Statistics
@@ -59,16 +59,6 @@ class Plan:
     def of_shard(self, shard: int) -> list[Piece]:
         first = int(self.ends[shard - 1]) if shard else 0
         return [Piece(*map(int, row)) for row in self.pieces[first : int(self.ends[shard])]]
-
-
-def read_receipts(store: StageStore, pass_name: str) -> Iterator[Json]:
-    """Of whole items in the order of their names; several are asked for at a time, as there are thousands."""
-    folder = f"work/{pass_name}/done"
-    names = store.names(folder)
-    for _, future in in_order(
-        lambda name: store.read_json(f"{folder}/{name}"), names, threads=FETCHERS, ahead=4 * FETCHERS
-    ):
-        yield future.result()
 
 
 def plan_items(store: StageStore) -> list[Json]:
@@ -213,7 +203,7 @@ class _Found:
 def _read_windows(store: StageStore) -> _Found:
     found = _Found([], [], set(), {}, Statistics(), {})
     counts: list[Mapping[str, int]] = []
-    for receipt in read_receipts(store, WINDOWS):
+    for receipt in done_receipts(store, WINDOWS):
         note = receipt["parts"][0]["note"]
         found.samples = _sums(found.samples, note["samples"])
         found.bytes = _sums(found.bytes, note["bytes"])

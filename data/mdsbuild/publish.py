@@ -8,7 +8,7 @@ from typing import Any
 
 from data import draws
 from data.card import GRID, GRID_COLUMNS, GRID_ROWS, Card, grid
-from data.mdsbuild.plan import PLAN, Piece, Plan, read_receipts
+from data.mdsbuild.plan import PLAN, Piece, Plan
 from data.mdsbuild.shards import SHARDS, Slices, read_images, shard_writer
 from data.provenance import Record, read_notices, read_record, rejected, trace
 from data.publish import file_details, put_bytes, put_whole, remove
@@ -26,7 +26,7 @@ from data.schema import (
     parse_dataset,
     parse_index,
 )
-from data.stages.runner import Part, Work
+from data.stages.runner import Part, Work, done_receipts
 from data.stages.samples import fetch
 from data.stages.store import Json, StageStore
 from data.stats import STATS, Statistics
@@ -58,7 +58,7 @@ def publish_parts(work: Work, plan: Plan, source: StageStore, out: Storage, how:
     """
     if work.cursor is not None:
         return
-    shards = [part["note"] for receipt in read_receipts(work.store, SHARDS) for part in receipt["parts"]]
+    shards = [part["note"] for receipt in done_receipts(work.store, SHARDS) for part in receipt["parts"]]
     assert len(shards) == plan.num_shards
     present = file_details(out)
     for shard in shards:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import xxhash
 
-from data.ingest.ranges import in_order
+from data.ahead import in_order
 from data.mds import mds
 from data.mdsbuild.plan import WINDOWS, Piece, Plan, read_plan
 from data.mdsbuild.windows import MAX_TAR_BYTES, column_role, slice_role

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import draws
+from data.ahead import in_order
 from data.buckets import nearest
-from data.ingest.ranges import in_order
 from data.mdsbuild.sidecars import ColumnValues, Sidecar, read_captions, sidecar_files
 from data.schema import ORIGINAL
 from data.stages.runner import Part, Work, part_name

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import xxhash
 
+from data.ahead import in_order
 from data.stages import leases
 from data.stages.store import SUMMARY, Json, StageStore, claim, item_names
 from data.storage import CHUNK_BYTES
@@ -36,6 +37,8 @@ PART_SAMPLES = 1000
 ATTEMPTS = 3
 """At an item that fails."""
 LEASE_S = 120.0
+READERS = 8
+"""Receipts that are asked for at a time."""
 LISTING_S = 10.0
 """How old a listing of what is done may grow while there is work."""
 
@@ -335,9 +338,13 @@ def part_receipts(store: StageStore, pass_name: str, item: str) -> list[Json]:
 
 
 def done_receipts(store: StageStore, pass_name: str) -> Iterator[Json]:
-    """Of the items that are whole, in the order of the items' names."""
-    for name in store.names(f"{pass_folder(pass_name)}/done"):
-        yield store.read_json(f"{pass_folder(pass_name)}/done/{name}")
+    """Of the items that are whole, in the order of their names; several are asked for at a time, as there are thousands."""
+    folder = f"{pass_folder(pass_name)}/done"
+    reads = in_order(
+        lambda name: store.read_json(f"{folder}/{name}"), store.names(folder), threads=READERS, ahead=4 * READERS
+    )
+    for _, receipt in reads:
+        yield receipt.result()
 
 
 def retry_failed(store: StageStore, stage: Stage) -> int:

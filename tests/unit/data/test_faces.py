@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from data.commands.faces import faces as command
-from data.faces.blur import FEATHER, blur_faces, encode
+from data.faces.blur import FEATHER, blur_faces
 from data.faces.detect import DetectorSpec, detector_spec
 from data.faces.stage import Faces
-from data.images import read_image
+from data.images import encode_image, read_image
 from data.stages.runner import Worker
 from data.stages.samples import Shard, open_samples, read_index
 from data.stages.store import StageStore
@@ -192,7 +192,7 @@ def test_formats_and_own_detector(tmp_path: Path) -> None:
 
 def test_same_faces_in_the_grid_at_every_try(tmp_path: Path) -> None:
     file = tmp_path / "image.png"
-    file.write_bytes(encode(np.random.default_rng(0).integers(0, 255, (64, 48, 3)).astype(np.uint8), "png", 1))
+    file.write_bytes(encode_image(np.random.default_rng(0).integers(0, 255, (64, 48, 3)).astype(np.uint8), "png", 1))
     source = write_samples(str(tmp_path / "in"), [file])
     spec = detector_spec(f"{__name__}:everywhere", None)
     for out in ("a", "b"):
@@ -202,7 +202,7 @@ def test_same_faces_in_the_grid_at_every_try(tmp_path: Path) -> None:
 
 def test_undecodable_images_do_not_stay(tmp_path: Path) -> None:
     file = tmp_path / "image.jpg"
-    file.write_bytes(encode(np.random.default_rng(0).integers(0, 255, (64, 48, 3)).astype(np.uint8), "jpeg", 90))
+    file.write_bytes(encode_image(np.random.default_rng(0).integers(0, 255, (64, 48, 3)).astype(np.uint8), "jpeg", 90))
     source, out = write_samples(str(tmp_path / "in"), [file]), str(tmp_path / "out")
     shard = open_samples(source).shards()[0]
     assert isinstance(shard, Shard)

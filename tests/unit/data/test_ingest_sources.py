@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from data.ahead import in_order
 from data.ingest import manifests
 from data.ingest.class_names import read_class_names
 from data.ingest.examine import Filters
 from data.ingest.expand import expand
 from data.ingest.from_urls import UrlOptions
 from data.ingest.manifests import Columns, read_slice, slices
-from data.ingest.ranges import RangeReader, TooLarge, in_order, read_object, within
+from data.ingest.ranges import RangeReader, TooLarge, read_object, within
 from data.ingest.stage import IngestStage
 from data.source import open_source
 from data.stages.runner import Worker
