@@ -58,7 +58,12 @@ class SlurmCluster:
         return state
 
     def start_now(self, job_id: str) -> None:
-        """SLURM holds a requeued job back for two minutes; a test does not wait for them."""
+        """SLURM holds a requeued job back for two minutes; a test does not wait for them.
+
+        Three seconds it must: slurmd refuses a job whose credential is of the second in which it revoked the last one.
+        """
+        self.wait_for(job_id, "PENDING", timeout_s=60)
+        time.sleep(3)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
     def logs(self) -> str:

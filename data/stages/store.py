@@ -54,7 +54,10 @@ class StageStore(Storage):
             except FileExistsError:
                 # Also when the answer to our own first try was lost: then the content is ours.
                 self.fs.invalidate_cache()
-                return self.fs.cat_file(self.path(name)) == data
+                try:
+                    return self.fs.cat_file(self.path(name)) == data
+                except FileNotFoundError:  # another's, deleted in between, as leases are
+                    return False
 
         return with_retries(attempt, f"{self.url}/{name}", deadline_s)
 

@@ -162,7 +162,8 @@ def test_an_array_shares_a_stage_and_a_stopped_job_returns(
     cluster.start_now(first)
     for index in range(2):
         state = cluster.wait_for(f"{job_id}_{index}", "COMPLETED", "FAILED", "CANCELLED", timeout_s=START_S)
-        assert state == "COMPLETED", _stage_logs(tmp_path)
+        facts = cluster.run("scontrol", "show", "job", str(job_id))
+        assert state == "COMPLETED", f"{facts}\n{_stage_logs(tmp_path)}\n{cluster.logs()}"
     assert published(out) == expected(CountingStage(items=6, samples=40))
 
 
