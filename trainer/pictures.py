@@ -87,8 +87,13 @@ def loss_curves(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
     panels = _panels(records, evaluations)
     columns = min(3 if len(panels) <= 9 else 4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
+    width, height = 5 * columns, 3 * rows
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # fixed margins, in inches: matplotlib's own layout lays all text out twice, while the ranks wait
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.15 / width, top=1 - 0.4 / height, bottom=0.5 / height, wspace=0.2, hspace=0.45
+    )
     bounds = _phase_bounds(records)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -105,7 +110,8 @@ def loss_curves(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
                           transform=axes.get_xaxis_transform())  # fmt: skip
         if len(panel.curves) > 1:
             axes.legend(fontsize=7)
-        axes.set_title(panel.title, pad=14)
+        # with y the place is not looked for, which takes as long as the drawing
+        axes.set_title(panel.title, pad=14, y=1.0)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()

@@ -1,17 +1,27 @@
 """Run a function on several ranks, as a job's processes on this machine, and bring back what each returned."""
 
+import atexit
 import os
 import pickle
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.distributed.warm_ranks import ERROR, JOB
+from trainer.config import CODE_ROOT
 
 _ATTEMPTS_AT_PORTS = 4
+
+
+class RankError(RuntimeError):
+    """An exception on a rank, with its traceback."""
 
 
 def free_port() -> int:
@@ -26,16 +36,57 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, re
 
     An exception on a rank is raised here, and ends the others.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for attempt in range(_ATTEMPTS_AT_PORTS):
             try:
-                mp.spawn(_rank, (world_size, free_port(), folder, replicas, function, arguments), nprocs=world_size)
+                _start(folder, world_size, (world_size, free_port(), name, replicas, function, arguments))
                 break
-            except mp.ProcessRaisedException as e:  # a port that was free may be another test's a moment later
+            except RankError as e:  # a port that was free may be another test's a moment later
                 if "EADDRINUSE" not in str(e) or attempt == _ATTEMPTS_AT_PORTS - 1:
                     raise
         # written by our own children a moment ago
-        return [pickle.loads((Path(folder) / str(r)).read_bytes()) for r in range(world_size)]  # noqa: S301
+        return [pickle.loads((folder / str(r)).read_bytes()) for r in range(world_size)]  # noqa: S301
+
+
+_warm: subprocess.Popen[str] | None = None
+
+
+def _start(folder: Path, world_size: int, arguments: tuple[Any, ...]) -> None:
+    """Run the ranks to their end, as forks of a process that has imported what they need."""
+    global _warm
+    if _warm is None:
+        _warm = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.warm_ranks"], cwd=CODE_ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(_end)
+    process = _warm
+    assert process.stdin
+    assert process.stdout
+    job = {
+        "path": sys.path, "folder": os.getcwd(), "environment": dict(os.environ), "world_size": world_size,
+        "call": pickle.dumps((_rank, arguments)),
+    }  # fmt: skip
+    (folder / JOB).write_bytes(pickle.dumps(job))
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        print(folder, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+    except BaseException:  # a test's time is over, or Ctrl-C: its ranks end with it
+        _end()
+        raise
+    assert answer, "the process that forks the ranks has died"
+    if (folder / ERROR).exists():
+        raise RankError((folder / ERROR).read_text())
+
+
+def _end() -> None:
+    global _warm
+    if _warm is not None:
+        os.killpg(_warm.pid, signal.SIGKILL)
+        _warm.wait()
+        _warm = None
 
 
 def _rank(
