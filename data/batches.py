@@ -6,7 +6,7 @@ step at once, and numbers do not depend on workers.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from data.images import ImageError, read_image
 from data.plan import SampleRef
 from data.reader import BadShard, Dataset, StorageError
 from data.schema import Sample
+from data.storage import DamagedShard, MissingShard
 from data.transforms import training_image
 from trainer.errors import UserError
 
@@ -34,6 +35,21 @@ DECODE_MARGIN: dict[Decode, int | None] = {"fast": 1, "balanced": 2, "exact": No
 
 PSNR against `exact`, mean of 80 photos of 640 x 427 px: to 256 px fast 35 dB, balanced 95 dB; to 128 px 32 and 40; to 64 px 33
 and 37. Where the JPEG decoder's own halving is all that is to be done, as from 512 to 256 px, fast gives 46 dB."""
+
+
+ShardKey = tuple[str, int]
+"""(dataset, shard)."""
+OF_SHARDS = (MissingShard.reason, DamagedShard.reason)
+"""Reasons of substitutions that are a shard's."""
+
+
+class LeftOut(NamedTuple):
+    """A shard that a run has agreed not to read."""
+
+    reason: str
+    """`missing_shard` or `damaged_shard`."""
+    since: int
+    """The first step whose batch has none of it. Batches of the steps before were made of it, and are so again."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +97,8 @@ class Batch:
     """Where they are stored: raw, as they are stored, (B, C, h, w) or moments (B, 2C, h, w). Images are then (B, 3, 0, 0)."""
     states: tuple[States | None, ...] = ()
     """Where they are stored: of each of the run's text encoders."""
-    bad_shards: Mapping[tuple[str, int], str] = field(default_factory=dict)
-    """(dataset, shard) that its maker found unreadable since the batch before, and why."""
+    bad_shards: Mapping[ShardKey, str] = field(default_factory=dict)
+    """What its maker found unreadable since the batch before, and why."""
     counts: Sums = field(default_factory=dict)
     """What its maker has counted since the batch before."""
 

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data.ahead import in_order
 from data.buckets import nearest
 from data.card import GRID_COLUMNS, GRID_ROWS, Card, grid
 from data.images import ImageError, encode_image, image_format, read_image
@@ -59,6 +60,23 @@ class Built:
     num_shards: int
     num_bytes: int
     rejected: list["Rejected"] = field(default_factory=list)
+    bucket_samples: Mapping[str, int] = field(default_factory=dict)
+    card: Sequence[str] = ()
+    """Names of its files."""
+
+    def told(self) -> dict[str, Any]:
+        """As the last pass of a build by stages notes it."""
+        return {
+            "samples": self.info.num_samples,
+            "shards": self.num_shards,
+            "bytes": self.num_bytes,
+            "digest": self.info.digest,
+            "buckets": [
+                {"name": bucket.name, "samples": self.bucket_samples[bucket.name], "num_shards": bucket.num_shards}
+                for bucket in self.info.buckets
+            ],
+            "files": self.card,
+        }
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,7 @@ def build(
     order_seed: int | None = None,
     aspects: Mapping[str, float] | None = None,
     overwrite: bool = False,
+    threads: int = 1,
     progress: Callable[[], None] = lambda: None,
 ) -> Built:
     """Write the images of `source` as a dataset at `out`, a folder or an fsspec URL.
@@ -89,22 +108,21 @@ def build(
         order_seed: put the images in an order drawn from it; absent: the source's.
         aspects: sort images into buckets of these shapes, width / height by name; absent or empty: not.
         overwrite: replace a dataset that is there.
+        threads: that read, decode and shrink images; what comes out is the same.
         progress: called after each image.
 
     Raises:
         UserError: `out` is taken or cannot be written, or no image is usable.
         StorageError: remote storage fails.
     """
-    if not 0 < shard_mib << 20 <= MAX_SHARD_BYTES - _SHARD_OVERHEAD_BYTES:
-        raise UserError(f"--shard-mib: {shard_mib} is not between 1 and 4095")
-    storage = Storage(out)
-    for images in (source.folder, *source.more_folders):
-        check_free(storage, images, overwrite)
+    storage = check_build(source, out, shard_mib, overwrite)
     check_writable(storage)
     with temporary_folder(storage) as folder:
         rejected: list[Rejected] = []
         tally = _Tally(source.class_names, aspects or {})
-        samples = tally.counted(_samples(source.ordered(order_seed), resize, shard_mib << 20, rejected, progress))
+        samples = tally.counted(
+            _samples(source.ordered(order_seed), resize, shard_mib << 20, rejected, progress, threads)
+        )
         if aspects:
             buckets = _write_buckets(folder, samples, shard_mib << 20, max_samples, aspects)
         else:
@@ -137,12 +155,28 @@ def build(
             (folder / REJECTED).write_text("".join(lines), encoding="utf-8")
         (folder / STATS).write_text(tally.stats.model_dump_json(indent=1) + "\n", encoding="utf-8")
         shards = parse_index(index, source=INDEX)
-        for file, content in _card(source, info, tally, shards).files().items():
+        card = _card(source, info, tally, shards).files()
+        for file, content in card.items():
             (folder / file).write_bytes(content)
         (folder / DATASET).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in folder.iterdir())
         publish(folder, storage, overwrite)
-    return Built(info, len(shards), num_bytes, rejected)
+    samples_of = {bucket.name: tally.samples_of(bucket.name) for bucket in buckets}
+    return Built(info, len(shards), num_bytes, rejected, samples_of, sorted(card))
+
+
+def check_build(source: Source, out: str, shard_mib: int, overwrite: bool) -> Storage:
+    """The place to build at; nothing is written.
+
+    Raises:
+        UserError: `out` is taken, or a shard cannot be of this size.
+    """
+    if not 0 < shard_mib << 20 <= MAX_SHARD_BYTES - _SHARD_OVERHEAD_BYTES:
+        raise UserError(f"--shard-mib: {shard_mib} is not between 1 and 4095")
+    storage = Storage(out)
+    for images in (source.folder, *source.more_folders):
+        check_free(storage, images, overwrite)
+    return storage
 
 
 class _Tally:
@@ -204,10 +238,11 @@ def _samples(
     shard_bytes: int,
     rejected: list[Rejected],
     progress: Callable[[], None],
+    threads: int,
 ) -> Iterator[dict[str, Any]]:
-    for entry in entries:
+    for entry, made in in_order(lambda entry: _sample(entry, resize), entries, threads=threads, ahead=2 * threads):
         try:
-            sample = _sample(entry, resize)
+            sample = made.result()
             num_bytes = len(sample["image"]) + len(json.dumps(entry.captions)) + len(entry.key.encode())
             if num_bytes + _SHARD_OVERHEAD_BYTES > shard_bytes:  # MDSWriter would write an empty shard before it
                 raise ImageError("larger_than_a_shard", f"{num_bytes} bytes")

@@ -6,7 +6,7 @@ All of it follows from what is handed in, so equal builds have equal cards. Text
 import base64
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data.images import ImageError, read_image
 from data.provenance import Record
 from data.schema import DatasetInfo
+from data.stages.receipts import GIVEN_UP, NOT_DONE
 from data.stats import OTHERS, SHAPES, SIDES, SIZES_KIB, WORDS, Statistics, bin_names, median
 from data.transforms import resize, square_crop
 
@@ -25,7 +26,7 @@ README, PAGE, GRID = "README.md", "card.html", "samples.png"
 GRID_COLUMNS, GRID_ROWS = 8, 6
 _CELL = 96
 _LISTED = 40
-"""Licences and classes that a card lists; the rest is in stats.json."""
+"""Licences, classes and given up items that a card lists; the rest is in stats.json and in their stage's summary.json."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 body { color: #222; background: #fff }
@@ -88,7 +89,7 @@ class Card:
             facts.append(("further columns", ", ".join(info.columns)))
         if info.resize.short_side:
             facts.append(("shrunk to", f"{info.resize.short_side} px, by {info.resize.method}"))
-        facts.append(("index digest", info.index_digest))
+        facts.append(("digest", info.digest))
         return facts
 
     def sections(self) -> list[Section]:
@@ -111,10 +112,10 @@ class Card:
             sections.append(Section(f"Captions: {kind}, words", _histogram(WORDS, captions.words), lines, quotes))
         if stats.classes:
             sections.append(Section("Classes", _rows(_most(stats.classes))))
-        sections.append(
-            Section("Left out, by reason", _rows(list(info.rejected.items())), [] if info.rejected else ["nothing"])
-        )
-        sections.append(Section("Where it came from", lines=[line for r in self.records for line in _told(r)]))
+        left_out = _rows(list(info.rejected.items()))
+        given_up = [line for record in self.records for line in _num_given_up(record)]
+        sections.append(Section("Left out, by reason", left_out, given_up or ([] if left_out else ["nothing"])))
+        sections.append(Section("Where it came from", lines=[line for r in self.records for line in told(r)]))
         if self.notices:
             sections.append(Section("Licence files", lines=list(self.notices)))
         return [s for s in sections if s.rows or s.lines or s.quotes]
@@ -207,7 +208,8 @@ def _histogram(edges: Sequence[float], counts: Sequence[int]) -> list[tuple[str,
     return rows[filled[0] : filled[-1] + 1] if filled else []
 
 
-def _told(record: Record) -> list[str]:
+def told(record: Record) -> list[str]:
+    """What a stage has done, in lines."""
     settings = ", ".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in record.settings.items())
     lines = [f"{record.stage}: {settings}"]
     for name, counts in record.counts.items():
@@ -215,12 +217,36 @@ def _told(record: Record) -> list[str]:
             numbers = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.items()))
             lines.append(f"{record.stage}, {name}: {numbers}")
     for name, value in record.facts.items():
-        if isinstance(value, int | float | str):
+        if name == "given_up" and isinstance(value, dict):
+            lines += _given_up(record.stage, value)
+        elif isinstance(value, int | float | str):
             lines.append(f"{record.stage}, {name}: {value}")
         elif isinstance(value, dict):
             flat = {key: v for key, v in value.items() if isinstance(v, int | float | str)}
             if flat:
                 lines.append(f"{record.stage}, {name}: " + ", ".join(f"{key} {v}" for key, v in sorted(flat.items())))
+    return lines
+
+
+def _num_given_up(record: Record) -> Iterator[str]:
+    """Items have no number of samples: what a stage has not read it has not counted."""
+    for name, counts in record.counts.items():
+        if number := counts.get(GIVEN_UP, 0):
+            left = [
+                f"{n:,} {key.removeprefix(NOT_DONE)}" for key, n in sorted(counts.items()) if key.startswith(NOT_DONE)
+            ]
+            what = f", with {' and '.join(left)} of them not done" if left else ""
+            yield f"given up by {record.stage}: {number:,} item{'s' * (number != 1)} of {name}{what}; named below"
+
+
+def _given_up(stage: str, passes: Mapping[str, Any]) -> list[str]:
+    """Items that a stage went on without, each with why."""
+    lines: list[str] = []
+    for name, items in passes.items():
+        if isinstance(items, dict):
+            lines += [f"{stage}, given up of {name}: {item}: {why}" for item, why in list(items.items())[:_LISTED]]
+            if len(items) > _LISTED:
+                lines.append(f"{stage}, given up of {name}: and {len(items) - _LISTED:,} more")
     return lines
 
 

@@ -5,53 +5,30 @@ caption follow from the stream position. So a run resumes at any step at once, a
 """
 
 import atexit
-import ctypes
+import contextlib
 import functools
-import math
 import multiprocessing
 import multiprocessing.context
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
-import pickle
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, get_worker_info
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader
 
-from data.batches import Batch, BatchRequest, Decode, Failure, Steps, as_it_is, unwrap
-from data.counts import Sums
+from data.batches import Batch, BatchRequest, Decode, Failure, LeftOut, ShardKey, Steps, as_it_is, unwrap
 from data.encode.stored import Stored
+from data.maker import Maker, Packed, Tasks
 from data.plan import SampleRef
-from data.prefetch import Prefetcher
 from data.reader import Dataset
-from data.slots import SlotRef, Slots
-from data.storage import DamagedShard, MissingShard
+from data.slots import SlotRef
+from data.worker_processes import become_worker, cause_of, kill, start_forkserver
 
 _POLL_S = 2.0
 """How often a wait for a batch looks whether the workers live."""
-_WORKER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Sent to a whole job; the trainer acts on them, and needs its workers until it has saved."""
-
-
-BadShards = dict[tuple[str, int], str]
-"""(dataset, shard) to `missing_shard` or `damaged_shard`."""
-
-
-OF_SHARDS = (MissingShard.reason, DamagedShard.reason)
-"""Reasons of substitutions that are a shard's."""
 
 
 class LoaderError(RuntimeError):
@@ -60,138 +37,6 @@ class LoaderError(RuntimeError):
 
 class WorkerDied(LoaderError):
     pass
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a worker is sent."""
-
-    step: int
-    bad_shards: tuple[tuple[tuple[str, int], str], ...]
-    """Not to be read, as far as they were agreed on when this was sent."""
-    given_back: tuple[SlotRef, ...] = ()
-    """Of the worker that gets this."""
-
-
-class _Tasks:
-    """The steps, in order; each told what is known when it is sent. DataLoader sends them to its workers in turns."""
-
-    def __init__(self, first: int, end: int, num_workers: int, bad_shards: BadShards) -> None:
-        self._steps, self._bad_shards = range(first, end), bad_shards
-        self._given_back: list[list[SlotRef]] = [[] for _ in range(max(num_workers, 1))]
-
-    def give_back(self, slot: SlotRef) -> None:
-        """Nobody reads it any more."""
-        self._given_back[slot.worker].append(slot)
-
-    def __iter__(self) -> Iterator[_Task]:
-        for i, step in enumerate(self._steps):
-            worker = i % len(self._given_back)
-            given_back, self._given_back[worker] = self._given_back[worker], []
-            yield _Task(step, tuple(self._bad_shards.items()), tuple(given_back))
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-
-class _Maker(TorchDataset[Any]):
-    """Step to batch, with what comes before: shards on their way, and those that are left out. Runs in the workers."""
-
-    def __init__(
-        self, steps: Steps, datasets: dict[str, Dataset], request: Callable[[int], BatchRequest], prefetch_shards: int
-    ) -> None:
-        self._steps, self._datasets, self._request = steps, datasets, request
-        self._prefetch_shards = prefetch_shards
-        self._end = self._stride = 0
-        self._prefetcher: Prefetcher | None = None
-        self._slots: Slots | None = None
-        self._slot: SlotRef | None = None
-
-    def begin(self, end: int, num_workers: int) -> None:
-        """Before it is sent to workers that share the steps up to `end`, in turns."""
-        self._end, self._stride = end, max(num_workers, 1)
-
-    def __getitem__(self, task: _Task) -> "Batch | Failure | _Packed":
-        """In a worker."""
-        if self._slots is None:
-            worker = get_worker_info()
-            assert worker is not None
-            self._slots = Slots(worker.id)
-            self._steps.memory = self._memory
-        self._slots.give_back(task.given_back)
-        self._slot = None
-        made = self.make(task)
-        return _Packed.of(made, self._slot) if isinstance(made, Batch) else made
-
-    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=torch.uint8)
-        assert self._slots is not None
-        self._slot, tensor = self._slots.take(shape)
-        return tensor
-
-    def make(self, task: _Task) -> Batch | Failure:
-        for (name, shard_index), reason in task.bad_shards:
-            if name in self._datasets:
-                self._datasets[name].leave_out(shard_index, reason)
-        if self._prefetch_shards:
-            if self._prefetcher is None:
-                steps = range(task.step, self._end, self._stride)
-                self._prefetcher = Prefetcher(
-                    self._datasets, _copy(self._request), steps, max_shards=self._prefetch_shards
-                )
-            self._prefetcher.at(task.step)
-        made = self._steps[task.step]
-        if isinstance(made, Batch):
-            bad_shards: BadShards = {}
-            counts: Sums = {}
-            for name, dataset in self._datasets.items():
-                new, counted = dataset.news()
-                bad_shards |= {(name, shard_index): reason for shard_index, reason in new.items()}
-                for key, value in counted.items():
-                    counts[key] = counts.get(key, 0.0) + value
-            made.bad_shards, made.counts = bad_shards, counts
-        return made
-
-    def close(self) -> None:
-        if self._prefetcher:
-            self._prefetcher.close()
-            self._prefetcher = None
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A batch on its way: its small tensors are no tensors, each of which takes a connection between the processes."""
-
-    batch: Batch
-    slot: SlotRef | None
-    """That its images lie in."""
-    positions_B: NDArray[np.int64]
-    labels_B: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, batch: Batch, slot: SlotRef | None) -> "_Packed":
-        none = torch.empty(0, dtype=torch.int64)
-        light = replace(batch, positions_B=none, labels_B=none)
-        return cls(light, slot, batch.positions_B.numpy(), batch.labels_B.numpy())
-
-    def unpacked(self, *, pin: bool) -> Batch:
-        """With images of its own."""
-        shared_BCHW = self.batch.images_BCHW
-        return replace(
-            self.batch,
-            images_BCHW=torch.empty(shared_BCHW.shape, dtype=torch.uint8, pin_memory=pin).copy_(shared_BCHW),
-            positions_B=torch.from_numpy(self.positions_B),
-            labels_B=torch.from_numpy(self.labels_B),
-        )
-
-
-def _copy(request: Callable[[int], BatchRequest]) -> Callable[[int], BatchRequest]:
-    """For another thread. Arrays are shared, as they are large and nobody writes to them."""
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(request, protocol=5, buffer_callback=buffers.append)
-    copied: Callable[[int], BatchRequest] = pickle.loads(data, buffers=buffers)  # noqa: S301  made in the line before
-    return copied
 
 
 class Loader:
@@ -213,7 +58,7 @@ class Loader:
         stored: Stored | None = None,
         decode: Decode = "balanced",
         prefetch_shards: int = 0,
-        bad_shards: Mapping[tuple[str, int], str] | None = None,
+        left_out: Mapping[ShardKey, LeftOut] | None = None,
         pin_memory: bool = False,
     ) -> None:
         """
@@ -227,11 +72,12 @@ class Loader:
             stored: columns that stand for images or captions; without any, those themselves.
             decode: how exactly JPEGs are shrunk.
             prefetch_shards: shards that each worker fetches before the step that needs them first.
-            bad_shards: (dataset, shard) not to be read, and why, from a checkpoint.
+            left_out: shards that are not read, from a checkpoint.
             pin_memory: of images; for a copy to a CUDA device that nobody waits for.
         """
         self._datasets = dict(datasets)
-        self._bad_shards = dict(bad_shards or {})
+        self._left_out = dict(left_out or {})
+        self._again = False
         self._pin_memory = pin_memory
         steps = Steps(
             self._datasets,
@@ -244,11 +90,11 @@ class Loader:
             stored=stored,
             decode=decode,
         )
-        self._maker = _Maker(steps, self._datasets, request, prefetch_shards)
+        self._maker = Maker(steps, self._datasets, request, prefetch_shards)
         self._num_workers, self._prefetch_steps, self._timeout_s = num_workers, prefetch_steps, timeout_s
         self._workers: list[BaseProcess] = []
         if num_workers:
-            _start_forkserver()  # takes seconds, while the caller builds its model
+            start_forkserver()  # takes seconds, while the caller builds its model
 
     def steps(self, first: int, end: int) -> Generator[Batch, None, None]:
         """One batch for each of the steps `first` to `end - 1`, in order.
@@ -258,19 +104,34 @@ class Loader:
             StorageError: storage does not answer.
             LoaderError: a worker died, or no batch came within the timeout.
         """
-        self.close()
-        num_workers = min(self._num_workers, max(end - first, 1))
-        tasks = _Tasks(first, end, num_workers, self._bad_shards)
-        mapped: dict[SlotRef, torch.Tensor] = {}  # a slot stays mapped here, rather than page by page for each batch
-        self._maker.begin(end, num_workers)
-        if not num_workers:
-            try:
-                for task in tasks:
-                    yield unwrap(self._maker.make(task))
-            finally:
-                self._maker.close()
-            return
-        loader: DataLoader[Batch | Failure | _Packed] = DataLoader(
+        while first < end:
+            self.close()
+            self._again = False
+            made = self._by_workers(first, end) if self._num_workers else self._in_this_process(first, end)
+            with contextlib.closing(made):
+                for batch in made:
+                    yield batch
+                    if self._again:
+                        first = batch.step
+                        break
+                else:
+                    return
+
+    def _in_this_process(self, first: int, end: int) -> Generator[Batch, None, None]:
+        self._maker.begin(end, 0, self._left_out)
+        try:
+            for task in Tasks(first, end, 0):
+                yield unwrap(self._maker.make(task))
+        finally:
+            self._maker.close()
+
+    def _by_workers(self, first: int, end: int) -> Generator[Batch, None, None]:
+        num_workers = min(self._num_workers, end - first)
+        tasks = Tasks(first, end, num_workers)
+        # a slot stays mapped here, rather than page by page for each batch
+        mapped: dict[SlotRef, torch.Tensor] = {}
+        self._maker.begin(end, num_workers, self._left_out)
+        loader: DataLoader[Batch | Failure | Packed] = DataLoader(
             self._maker,
             batch_size=None,
             sampler=tasks,
@@ -278,19 +139,21 @@ class Loader:
             num_workers=num_workers,
             prefetch_factor=self._prefetch_steps,
             timeout=min(_POLL_S, self._timeout_s),
-            worker_init_fn=functools.partial(_become_worker, environment=dict(os.environ)),
+            worker_init_fn=functools.partial(become_worker, environment=dict(os.environ)),
             multiprocessing_context="forkserver",
-            generator=torch.Generator(),  # for a seed that nobody uses; without it the global generator moves on
+            # for a seed that nobody uses; without it the global generator moves on
+            generator=torch.Generator(),
         )
         others = set(multiprocessing.active_children())
         batches = iter(loader)
         self._workers = workers = [w for w in multiprocessing.active_children() if w not in others]
-        kill = functools.partial(_kill, workers)
-        atexit.register(kill)  # before multiprocessing's own exit, which would wait for them for ever
+        kill_them = functools.partial(kill, workers)
+        # before multiprocessing's own exit, which would wait for them for ever
+        atexit.register(kill_them)
         try:
             for step in range(first, end):
                 made = self._next(batches, step, workers)
-                if isinstance(made, _Packed):
+                if isinstance(made, Packed):
                     batch = made.unpacked(pin=self._pin_memory)
                     if made.slot:
                         mapped[made.slot] = made.batch.images_BCHW
@@ -300,8 +163,8 @@ class Loader:
                     yield unwrap(made)
         finally:
             # What they still prepare nobody needs, and files they write are renamed when whole.
-            kill()
-            atexit.unregister(kill)
+            kill_them()
+            atexit.unregister(kill_them)
             del batches
 
     def _next(self, batches: Iterator[Any], step: int, workers: list[BaseProcess]) -> Any:
@@ -315,7 +178,7 @@ class Loader:
                 wait([worker.sentinel for worker in workers], timeout=0 if isinstance(e, RuntimeError) else 5)
                 for worker in workers:
                     if not worker.is_alive():
-                        cause = _cause_of(worker.exitcode)
+                        cause = cause_of(worker.exitcode)
                         raise WorkerDied(f"step {step}: data worker {worker.pid} died ({cause}); see the log") from e
                 if not str(e).startswith("DataLoader timed out"):
                     raise
@@ -325,13 +188,15 @@ class Loader:
                         "hangs, or data.num_workers is too low"
                     ) from e
 
-    def leave_out(self, bad_shards: Mapping[tuple[str, int], str]) -> None:
-        """Shards that all ranks have agreed not to read; of steps that are asked for from now on."""
-        self._bad_shards |= bad_shards
+    def leave_out(self, left_out: Mapping[ShardKey, LeftOut]) -> None:
+        """Shards that all ranks have agreed not to read, each from its step on. The batch handed out last is made again by
+        workers that know: it comes next, and nothing that others had prepared without knowing does."""
+        self._left_out |= left_out
+        self._again = True
 
     def close(self) -> None:
         """End the workers. Batches handed out stay valid."""
-        _kill(self._workers)
+        kill(self._workers)
         self._workers = []
 
     def __enter__(self) -> "Loader":
@@ -339,67 +204,3 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# -------------------------------------------------------------------------------------------------------------- workers
-
-
-def _start_forkserver() -> None:
-    """Start the process that workers are forked from.
-
-    Forking the trainer itself is unsafe once it has threads, and a fresh interpreter for each worker would import
-    torch each time. Signals are blocked while it starts, and stay so in it: it must outlive a SIGTERM to the job.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.loader"])
-    multiprocessing.resource_tracker.ensure_running()  # first, since its start unblocks signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _WORKER_SIGNALS)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _become_worker(_worker_id: int, environment: dict[str, str]) -> None:
-    """Runs first in each worker. The fork server's environment is as old as that; where storage is may be known since."""
-    _die_with_trainer()
-    os.environ.clear()
-    os.environ.update(environment)
-    for number in _WORKER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WORKER_SIGNALS)
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)  # 0 is OpenCV's word for none but the caller's
-
-
-def _die_with_trainer() -> None:
-    """Also when it is killed. The fork server alone is no sign: it lives as long as any of its workers."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-
-    def watch() -> None:
-        trainer.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch the trainer", daemon=True).start()
-    if sys.platform == "linux":  # should the fork server be killed, nobody could end or replace its workers
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        if ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL):
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-
-
-def _kill(workers: list[BaseProcess]) -> None:
-    """SIGKILL, since workers ignore SIGTERM."""
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-    for worker in workers:
-        worker.join()
-
-
-def _cause_of(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hints = {"SIGKILL": "; out of memory?", "SIGBUS": "; /dev/shm full? Give the container more shared memory"}
-        return f"by {name}{hints.get(name, '')}"
-    return f"exit code {exit_code}"

@@ -11,10 +11,9 @@ from PIL import Image
 
 from data import draws
 from data.images import ImageError, image_format
-from data.mdsbuild.windows import find_shard
 from data.provenance import read_record
 from data.reader import Dataset, open_dataset
-from data.stages.samples import Samples, shard_rows
+from data.stages.samples import samples_of, shard_rows
 from data.stages.store import SUMMARY, StageStore, read_stage
 from data.stats import MAX_STATS_BYTES, STATS, Statistics, parse_statistics
 from data.storage import Storage
@@ -136,19 +135,20 @@ def measure_stage(url: str, *, shards: int, seed: int = 0) -> Measured:
     store = StageStore(url)
     stage, record = read_stage(store), read_record(url)
     finished = store.exists(SUMMARY)
-    facts = {"finished": finished, "settings": dict(record.settings), **record.facts}
+    facts = {"finished": finished, **record.facts, "settings": dict(record.settings)}
+    if isinstance(command := stage.get("command"), str):
+        facts["command"] = command
     measured = Measured(url, str(stage["stage"]), facts, counts={n: dict(c) for n, c in record.counts.items()})
     if not finished or stage["stage"] not in ("ingest", "faces"):
         return measured
-    samples = Samples(store.url, stage["stage"], "drops" if stage["stage"] == "ingest" else None)
-    names = [shard.name for shard in samples.shards()]
+    samples = samples_of(store, stage)
+    names = [shard.name for shard in samples.each_shard()]
     facts["shards"] = len(names)
     chosen = sorted(draws.permutation(seed, "stats", length=len(names))[:shards].tolist())
     stats = Statistics()
     with TemporaryDirectory(prefix="loupe-stats-") as scratch:
         for i in chosen:
-            shard = find_shard(store, samples.pass_name, names[i])
-            for row in shard_rows(samples, shard, Path(scratch)):
+            for row in shard_rows(samples, samples.shard(names[i]), Path(scratch)):
                 stats.add(
                     key=row.key, width=row.width, height=row.height, num_bytes=row.size, kind=row.format,
                     captions=row.captions, licence=row.licence, class_name=row.class_name,

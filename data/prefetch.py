@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from data.batches import LeftOut, ShardKey
 from data.cache import CacheFull
 from data.plan import SampleRef
 from data.reader import BadShard, Dataset, StorageError
@@ -17,9 +18,6 @@ _LOOK_AHEAD_SAMPLES = 1 << 16
 """The plan is read no further ahead: more than a window of 64 shards of 64 MB."""
 _IDLE_S = 1.0
 
-ShardRef = tuple[str, int]
-"""(dataset, shard)."""
-
 
 class Request(Protocol):
     """What a step needs."""
@@ -30,7 +28,7 @@ class Request(Protocol):
 
 @dataclass
 class _Ahead:
-    shard: ShardRef
+    shard: ShardKey
     step: int
     """That needs it first."""
 
@@ -49,13 +47,16 @@ class Prefetcher:
         steps: Iterable[int],
         *,
         max_shards: int,
+        left_out: Mapping[ShardKey, LeftOut] | None = None,
     ) -> None:
         """
         Args:
             request: for the threads alone; plans keep what they computed last, and are not safe to share.
             steps: in the order in which they will be asked for.
             max_shards: fetched ahead of the step that needs them first.
+            left_out: shards that steps from theirs on do without.
         """
+        self._left_out = dict(left_out or {})
         self._datasets, self._request, self._steps = datasets, request, iter(steps)
         self._max_shards = max_shards
         self._planning = threading.Lock()
@@ -67,7 +68,7 @@ class Prefetcher:
         """Read from the plan, and not fetched yet."""
         self._ahead: deque[_Ahead] = deque()
         """Fetched, or on their way, before their step."""
-        self._last_step: dict[ShardRef, int] = {}
+        self._last_step: dict[ShardKey, int] = {}
         """The last step that needs a shard, as far as the plan was read. Those whose last step has passed are forgotten."""
         self._read: deque[tuple[int, int]] = deque()
         """(step, samples) read from the plan and not come yet."""
@@ -147,7 +148,7 @@ class Prefetcher:
                 return False
             refs = self._request(step).refs
             located = ((ref.dataset, self._datasets[ref.dataset].locate(ref.index)[0]) for ref in refs)
-            shards = dict.fromkeys(located)
+            shards = [s for s in dict.fromkeys(located) if s not in self._left_out or step < self._left_out[s].since]
             with self._changed:
                 self._read.append((step, len(refs)))
                 for shard in shards:

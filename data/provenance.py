@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from data.stages.store import STAGE, SUMMARY, StageStore, read_stage
-from data.storage import Storage
+from data.storage import LIST_DEADLINE_S, Storage
+from data.urls import SECRET, public_url
 from trainer.errors import UserError
 
 NOTICES = "notices"
@@ -24,7 +24,6 @@ _SOURCES = ("source", "sources", "samples", "input")
 """Settings that name what a stage has read."""
 _REJECTED = ("rejected/", "duplicate/", "dropped/")
 _NOTICE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,120}")
-_SECRET = re.compile(r"key|secret|token|password|passwd|credential|signature", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,22 +37,6 @@ class Record:
     """By pass."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else its summary says."""
-
-
-def public_url(url: str) -> str:
-    """A URL without user, password, query and fragment, fit for receipts and cards. A path stays as it is.
-
-    Raises:
-        UserError: it is no URL.
-    """
-    if "://" not in url:
-        return url
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-    except ValueError as e:
-        raise UserError(f"{url.partition('://')[0]}://...: not a URL ({e})") from None
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def trace(url: str) -> list[Record]:
@@ -140,11 +123,14 @@ def _read_notices(url: str, depth: int, seen: set[str], found: dict[str, bytes])
 
 
 def _files_below(store: Storage, folder: str) -> list[str]:
-    store.fs.invalidate_cache()
-    try:
-        paths = store.fs.find(store.path(folder))
-    except FileNotFoundError:
-        return []
+    def look() -> list[str]:
+        store.fs.invalidate_cache()
+        try:
+            return list(store.fs.find(store.path(folder)))
+        except FileNotFoundError:
+            return []
+
+    paths = store.ask(look, folder, LIST_DEADLINE_S, "listed")
     root = PurePosixPath(store.path(folder))
     return sorted(str(PurePosixPath(path).relative_to(root)) for path in paths)
 
@@ -171,9 +157,16 @@ def _without_secrets(tree: Any) -> Any:
     """Stages write none; this is the second lock."""
     if isinstance(tree, dict):
         return {
-            str(name): "(hidden)" if _SECRET.search(str(name)) and isinstance(value, str) else _without_secrets(value)
+            str(name): "(hidden)" if SECRET.search(str(name)) and isinstance(value, str) else _without_secrets(value)
             for name, value in tree.items()
         }
     if isinstance(tree, list):
         return [_without_secrets(value) for value in tree]
-    return public_url(tree) if isinstance(tree, str) and "://" in tree else tree
+    return _public_text(tree) if isinstance(tree, str) else tree
+
+
+def _public_text(text: str) -> str:
+    try:
+        return public_url(text)
+    except UserError:  # no URL, though it looks like one: nobody knows where a password would stand
+        return "(hidden)"

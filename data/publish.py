@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data.schema import DATASET, INDEX
-from data.storage import Storage
+from data.storage import CHUNK_BYTES, DEADLINE_S, LIST_DEADLINE_S, Storage
 from trainer.errors import UserError
 
 
@@ -28,7 +29,7 @@ def check_free(storage: Storage, source: Path, overwrite: bool) -> None:
             raise UserError(f"{storage.url}: overlaps the source {source}; name a folder elsewhere")
         if out.exists() and not out.is_dir():
             raise UserError(f"{storage.url}: is a file; name a folder")
-    names = file_names(storage)
+    names = storage.names(hidden=True)
     if not names:
         return
     if INDEX not in names and DATASET not in names:
@@ -50,25 +51,21 @@ def check_writable(storage: Storage) -> None:
         return
     name = f"write-test-{secrets.token_hex(4)}"
     put_bytes(storage, b"", name)
-    remove(storage, name)
+    storage.delete(name)
 
 
 def file_details(storage: Storage) -> dict[str, int]:
     """Bytes of each file by name; none where there is no such folder."""
-    storage.fs.invalidate_cache()
-    try:
-        found = storage.fs.ls(storage.root, detail=True)
-    except FileNotFoundError:
-        return {}
+
+    def look() -> list[dict[str, Any]]:
+        storage.fs.invalidate_cache()
+        try:
+            return list(storage.fs.ls(storage.root, detail=True))
+        except FileNotFoundError:
+            return []
+
+    found = storage.ask(look, "", LIST_DEADLINE_S, "listed")
     return {os.path.basename(file["name"]): int(file["size"]) for file in found if file["type"] == "file"}
-
-
-def file_names(storage: Storage) -> list[str]:
-    storage.fs.invalidate_cache()
-    try:
-        return [os.path.basename(path.rstrip("/")) for path in storage.fs.ls(storage.root, detail=False)]
-    except FileNotFoundError:
-        return []
 
 
 @contextmanager
@@ -122,17 +119,17 @@ def _publish_local(folder: Path, out: Path, overwrite: bool) -> None:
 
 def _upload(folder: Path, storage: Storage) -> None:
     """Shards first, `dataset.json` last; what opens the old dataset is removed before its shards are replaced."""
-    old = file_names(storage)
+    old = storage.names(hidden=True)
     for name in (DATASET, INDEX):
         if name in old:
-            storage.fs.rm_file(storage.path(name))
+            storage.delete(name)
     files = sorted((file for file in folder.iterdir()), key=lambda f: (f.name == DATASET, f.name == INDEX, f.name))
     for file in files:
         put_whole(storage, file, file.name)
     new = {file.name for file in files}
     for name in old:
         if name.endswith(".mds") and name not in new:
-            storage.fs.rm_file(storage.path(name))
+            storage.delete(name)
 
 
 def put_whole(storage: Storage, file: Path, name: str) -> None:
@@ -148,12 +145,18 @@ def put_whole(storage: Storage, file: Path, name: str) -> None:
         except FileNotFoundError:
             raise no_bucket(storage) from None
         return
-    target = Path(storage.path(name))
+    storage.ask(lambda: _copy_whole(file, Path(storage.path(name))), name, DEADLINE_S, "written", file.stat().st_size)
+
+
+def _copy_whole(file: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, temporary)
-        _flush(temporary)
+        with open(file, "rb") as source:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as copy:
+                shutil.copyfileobj(source, copy, CHUNK_BYTES)
+                copy.flush()
+                os.fsync(copy.fileno())
         os.replace(temporary, target)
     except OSError as e:
         raise UserError(f"{target}: cannot be written ({e.strerror}); free space or name another folder") from None
@@ -167,15 +170,6 @@ def put_bytes(storage: Storage, data: bytes, name: str) -> None:
         file = Path(folder) / "file"
         file.write_bytes(data)
         put_whole(storage, file, name)
-
-
-def remove(storage: Storage, name: str) -> None:
-    """Nothing where there is no such file."""
-    storage.fs.invalidate_cache()
-    try:
-        storage.fs.rm_file(storage.path(name))
-    except FileNotFoundError:
-        return
 
 
 def no_bucket(storage: Storage) -> UserError:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data.publish import put_bytes, put_whole, remove
+from data.publish import put_bytes, put_whole
 from data.reader import open_dataset
 from data.schema import DATASET, INDEX, LABELS, MAX_DATASET_BYTES, MAX_INDEX_BYTES, Bucket, index_digest, parse_index
-from data.storage import DamagedShard, Storage
+from data.storage import DEADLINE_S, DamagedShard, Storage
 from data.verify import Report
 from data.verify_shard import fetch_shard
 from data.wds import is_tar_index
@@ -116,13 +116,14 @@ def quarantine(url: str, damaged: Sequence[int]) -> str:
     description = storage.read(DATASET, max_bytes=MAX_DATASET_BYTES)
     put_bytes(storage, index_before, f"{QUARANTINE}/{dataset.digest}.{INDEX}")
     put_bytes(storage, description, f"{QUARANTINE}/{dataset.digest}.{DATASET}")
-    remove(storage, DATASET)  # from here on nobody opens it, until it is written again
+    # From here on nobody opens it, until it is written again.
+    storage.delete(DATASET)
     if labels is not None:
         put_bytes(storage, labels, info.labels or LABELS)
     put_bytes(storage, index, INDEX)
     put_bytes(storage, after.model_dump_json(indent=1).encode() + b"\n", DATASET)
     for number in sorted(gone):
-        _set_aside(storage, dataset.shards[number].name)
+        set_aside(storage, dataset.shards[number].name)
     return after.digest
 
 
@@ -139,7 +140,23 @@ def _buckets_without(buckets: Sequence[Bucket], gone: set[int]) -> tuple[Bucket,
     return tuple(left)
 
 
-def _set_aside(storage: Storage, name: str) -> None:
-    storage.fs.invalidate_cache()
-    if storage.fs.exists(storage.path(name)):
-        storage.fs.mv(storage.path(name), storage.path(f"{QUARANTINE}/{name}"))
+def set_aside(storage: Storage, name: str, *, deadline_s: float = DEADLINE_S) -> bool:
+    """Move a file to the quarantine; False: it is not there, since that is its damage or it was moved before.
+
+    Raises:
+        UserError: access is denied.
+        StorageError: storage fails for longer than the deadline.
+    """
+    target = f"{QUARANTINE}/{name}"
+
+    def move() -> bool:
+        storage.fs.invalidate_cache()
+        if storage.is_local:
+            Path(storage.path(target)).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            storage.fs.mv(storage.path(name), storage.path(target))
+        except FileNotFoundError:
+            return False
+        return True
+
+    return storage.ask(move, name, deadline_s, "moved")

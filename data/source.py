@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data import draws
-from data.ingest.ranges import READ_DEADLINE_S, RangeReader, filesystem, is_local, within
+from data.ingest.ranges import SOURCE_DEADLINE_S, RangeReader, filesystem, is_local
+from data.storage import ask
 from trainer.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -22,6 +23,8 @@ NOTICES = ("notice", "license", "licence", "copying")
 """Names of licence files, whatever their suffix and case."""
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 """As ImageNet's folders are called: classes lie below, and what is not `train` is not for training."""
+_OTHER_TEXTS = ("captions.json", "captions.jsonl", "captions.txt", "captions.csv", "metadata.json", "metadata.csv")
+"""Where people have texts that are not read."""
 _MAX_LINE_BYTES = 1 << 20
 _LICENCE, _SOURCE = ("licence", "license"), ("source", "url", "source_url", "flickr_url", "coco_url")
 """Names under which rows have them; the first that is there counts."""
@@ -74,6 +77,8 @@ class Source:
     """Rows that named an image again; their captions went to the first."""
     more_folders: tuple[Path, ...] = ()
     """Further ones that entries lie in."""
+    no_row: tuple[str, ...] = ()
+    """Image files that no row of metadata.jsonl names; they are not used."""
 
     def ordered(self, seed: int | None) -> Iterator[Entry]:
         if seed is None:
@@ -96,6 +101,8 @@ class Listing:
     merged_rows: int = 0
     left_out: int = 0
     """Images in `val`, `test` and the like, beside `train`."""
+    no_row: tuple[str, ...] = ()
+    """Image files that no row of metadata.jsonl names."""
 
 
 def is_notice(file_name: str) -> bool:
@@ -125,15 +132,16 @@ def open_source(folder: Path) -> Source:
         entries.append(
             Entry(image.key, path, captions, -1 if label is None else label, note, image.licence, image.source)
         )
-    return Source(folder, listing.layout, entries, names, listing.merged_rows)
+    return Source(folder, listing.layout, entries, names, listing.merged_rows, no_row=listing.no_row)
 
 
-def list_images(url: str, layout: str | None = None) -> Listing:
+def list_images(url: str, layout: str | None = None, *, uncaptioned: bool = False) -> Listing:
     """List the images of a folder.
 
     Args:
         url: path or fsspec URL.
         layout: one of `LAYOUTS`; absent: found out.
+        uncaptioned: images that are in no class folder and have no text are wanted, too.
 
     Raises:
         UserError: no images, or rows that cannot be used.
@@ -147,10 +155,15 @@ def list_images(url: str, layout: str | None = None) -> Listing:
     images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
     if layout is None:
         known = set(names)
-        layout = "texts" if any(_text_of(image) in known for image in images) else "classes"
+        texts = any(_text_of(image) in known for image in images) or (uncaptioned and _stray(images))
+        layout = "texts" if texts else "classes"
     if not images:
         raise UserError(f"{url}: no {METADATA} and no {', '.join(SUFFIXES)}; see `loupe data build --help`")
-    return _from_pairs(images, set(names)) if layout == "texts" else _from_classes(url, images)
+    if layout == "texts":
+        return _from_pairs(images, set(names))
+    if stray := _stray(images):
+        raise UserError(_no_text(folder, stray))
+    return _from_classes(images)
 
 
 class _Folder:
@@ -190,17 +203,23 @@ class _Folder:
             self._fs.invalidate_cache()
             return list(self._fs.find(self._root))
 
-        # Listing is paged: a deadline for one answer would be too short for a million names.
-        found = within(find, 12 * READ_DEADLINE_S, f"list {self.url}")
+        found = ask(find, self.url, deadline_s=SOURCE_DEADLINE_S, verb="listed")
         return [path[len(self._root) :].lstrip("/") for path in found if path.startswith(f"{self._root}/")]
 
     def has(self, name: str) -> bool:
         if self.is_local:
             return os.path.isfile(f"{self._root}/{name}")
         if self._names is None and name == METADATA:
-            return within(lambda: bool(self._fs.isfile(f"{self._root}/{name}")), READ_DEADLINE_S, f"look for {name}")
+            return ask(lambda: self._is_file(name), f"{self.url}/{name}", verb="found")
         self.names()
         return name in self._known
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            # Not by `isfile`, which answers with no where it has failed.
+            return bool(self._fs.info(f"{self._root}/{name}")["type"] == "file")
+        except FileNotFoundError:
+            return False
 
 
 def _text_of(image: str) -> str:
@@ -217,29 +236,36 @@ def _from_pairs(images: Sequence[str], names: set[str]) -> Listing:
     return Listing("texts", listed)
 
 
-def _from_classes(url: str, images: Sequence[str]) -> Listing:
-    """The class is the folder at the top, or below `images/` where that is the only one, or below ImageNet's `train/`."""
-    if stray := [image for image in images if "/" not in image]:
-        raise UserError(f"{url}/{stray[0]}: has no text; put one of the same name with .txt beside it, list the images in "
-                        f"{METADATA}, or sort them into a folder per class")  # fmt: skip
+def _no_text(folder: _Folder, stray: Sequence[str]) -> str:
+    """An error for those who have images and no texts, or texts in a form that is not read."""
+    other = next((f"{name} is not read, " for name in _OTHER_TEXTS if folder.has(name)), "")
+    return (
+        f"{folder.url}: {len(stray)} without text, such as {stray[0]}; {other}write {METADATA}, a row of file_name and text "
+        "for each image, or put a .txt of the same name beside each, or sort them into a folder per class (without texts: "
+        "`loupe data ingest --keep-uncaptioned`, then `recaption`)"
+    )
+
+
+def _classed(images: Sequence[str]) -> tuple[Sequence[str], int]:
+    """Images that count, and how many folders lie above those of classes: `images/` where that is the only one, or ImageNet's
+    `train/`."""
     tops = {image.partition("/")[0] for image in images}
-    num_found = len(images)
     training = [image for image in images if image.startswith("train/")]
     if training and tops <= _SPLITS and all(image.count("/") > 1 for image in training):
-        images, tops = training, {"train"}
-        root, depth = f"{url}/train", 1
-    else:
-        depth = 1 if tops == {"images"} else 0
-        root = f"{url}/images" if depth else url
-    listed = []
-    for image in images:
-        parts = image.split("/")
-        if len(parts) < depth + 2:
-            raise UserError(
-                f"{root}: has images beside class folders; sort them all into folders, or list them in {METADATA}"
-            )
-        listed.append(Listed(image, image, (words(parts[depth]),), label=parts[depth]))
-    return Listing("classes", listed, left_out=num_found - len(images))
+        return training, 1
+    return images, 1 if tops == {"images"} else 0
+
+
+def _stray(images: Sequence[str]) -> list[str]:
+    """Those in no class folder."""
+    images, depth = _classed(images)
+    return [image for image in images if image.count("/") < depth + 1]
+
+
+def _from_classes(images: Sequence[str]) -> Listing:
+    used, depth = _classed(images)
+    listed = [Listed(image, image, (words(image.split("/")[depth]),), label=image.split("/")[depth]) for image in used]
+    return Listing("classes", listed, left_out=len(images) - len(used))
 
 
 def _read_text(path: Path) -> tuple[str, ...]:
@@ -286,7 +312,9 @@ def _from_metadata(folder: _Folder) -> Listing:
         note = "" if file else "no such file"
         listed.append(Listed(file_name, file, tuple(captions), None, known.label, note, known.licence, known.source))
     _class_names(listed)
-    return Listing(METADATA, listed, merged)
+    used = {one.file for one in listed}
+    no_row = (name for name in folder.names() if PurePosixPath(name).suffix.lower() in SUFFIXES and name not in used)
+    return Listing(METADATA, listed, merged, no_row=tuple(no_row))
 
 
 def _read_rows(url: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.publish import file_names
 from data.source import Entry, Source
 from data.storage import Storage
 from trainer.errors import UserError
@@ -97,15 +96,15 @@ def claim(out: str, names: Sequence[str], *, overwrite: bool) -> None:
             that may now be held out.
     """
     storage = Storage(out)
-    present = set(file_names(storage))
+    present = set(storage.names(hidden=True))
     if present & {SUMMARY, "heldout", "train"} and not overwrite:
         raise UserError(f"{out}: holds a split already; add --overwrite to replace it, or name another folder")
-    built = {name for name in file_names(Storage(f"{out}/train")) if not name.startswith(".")}
+    built = set(Storage(f"{out}/train").names())
     if others := sorted(built - set(names)):
         raise UserError(f"{out}/train/{others[0]}: of another split, and may have images that this one holds out; remove "
                         "it, or name another folder")  # fmt: skip
     if SUMMARY in present:
-        storage.fs.rm_file(storage.path(SUMMARY))
+        storage.delete(SUMMARY)
 
 
 def write_summary(out: str, summary: dict[str, Any]) -> None:

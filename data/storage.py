@@ -1,21 +1,21 @@
 """Files of a dataset at a path or any fsspec URL: bounded reads, tried again where that can help, by a deadline."""
 
+import errno
 import itertools
-import queue
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from data.counts import Counts
+from data.deadlines import Call, call_within, chunks_within, own_name
 from data.schema import Shard
 from trainer import metric_names
 from trainer.errors import UserError
@@ -25,6 +25,10 @@ T = TypeVar("T")
 CHUNK_BYTES = 4 << 20
 DEADLINE_S = 300.0
 """Longest time for one file, all attempts together."""
+LIST_DEADLINE_S = 900.0
+"""For a listing: storage gives it by pages, some hundred names each."""
+MIN_BYTES_PER_S = 1_000_000
+"""Storage that takes a file more slowly is one that hangs."""
 STALL_S = 60.0
 """Longest wait for one range of a file; then another connection is tried."""
 ATTEMPTS_AT_HANGING = 3
@@ -34,10 +38,20 @@ _RANGES_AT_ONCE = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _ATTEMPTS_AT_BAD = 3
+_BAD_NAME = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Local errors that trying again does not mend; others, such as ESTALE and EIO of a network mount, it may."""
 
 
 class StorageError(OSError):
     """Storage did not answer, or not in time: not the user's doing, and worth a restart."""
+
+
+class DamagedFile(UserError):
+    """A small file that is not what it should be, as trying again will tell again; what denies or hangs raises others."""
+
+
+class AccessDenied(UserError):
+    """A policy may be mended, or was wrong for a while: the file may be as good as any."""
 
 
 class BadShard(UserError):
@@ -56,7 +70,13 @@ class MissingShard(BadShard):
 
 
 class Storage:
-    """A folder at a path or URL."""
+    """A folder at a path or URL. Each call has a deadline, on local paths too: a network mount hangs as a server does. Excepted
+    are maps of files into memory, where the loader's own deadline counts, and the renaming of a whole folder."""
+
+    mend: ClassVar[str] = "copy the file again or build the dataset again"
+    """What helps against a file that is not what it should be."""
+    told_by: ClassVar[str] = "the index"
+    """What says how large files are."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -71,20 +91,37 @@ class Storage:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
+    def ask(self, function: Callable[[], T], name: str, deadline_s: float, verb: str, num_bytes: int = 0) -> T:
+        """`ask` about what is called `name`."""
+        return ask(function, f"{self.url}/{name}".rstrip("/"), deadline_s=deadline_s, num_bytes=num_bytes, verb=verb)
+
     def read(self, name: str, *, max_bytes: int, deadline_s: float = DEADLINE_S) -> bytes:
         """A small file.
 
         Raises:
             FileNotFoundError: there is none.
-            UserError: larger than `max_bytes`, or access is denied.
+            DamagedFile: larger than `max_bytes`.
+            UserError: access is denied.
             StorageError: storage fails for longer than the deadline.
         """
 
         def attempt(deadline: float) -> bytes:
-            return b"".join(self._chunks(name, max_bytes, deadline))
+            chunks = chunks_within(
+                lambda: self.fs.open(self.path(name), "rb"),
+                CHUNK_BYTES,
+                deadline,
+                f"read {name}",
+                deadline_s / ATTEMPTS_AT_HANGING,
+            )
+            data = bytearray()
+            for chunk in chunks:
+                data += chunk
+                if len(data) > max_bytes:
+                    raise DamagedFile(f"{self.url}/{name}: larger than the {max_bytes} bytes it may have; {self.mend}")
+            return bytes(data)
 
         if self.is_local:
-            return self._read_local(name, max_bytes)
+            return self.ask(lambda: self._read_local(name, max_bytes), name, deadline_s, "read")
         return with_retries(attempt, f"{self.url}/{name}", deadline_s)
 
     def _read_local(self, name: str, max_bytes: int) -> bytes:
@@ -92,12 +129,12 @@ class Storage:
         try:
             with open(path, "rb") as file:
                 data = file.read(max_bytes + 1)
-        except FileNotFoundError:
-            raise
         except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+            if e.errno in _BAD_NAME:
+                raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+            raise
         if len(data) > max_bytes:
-            raise UserError(f"{path}: larger than the {max_bytes} bytes it may have; build the dataset again")
+            raise DamagedFile(f"{path}: larger than the {max_bytes} bytes it may have; {self.mend}")
         return data
 
     def ranges(self, name: str, num_bytes: int, deadline: float, *, stall_s: float = STALL_S) -> Iterator[bytes]:
@@ -114,29 +151,40 @@ class Storage:
             TimeoutError: no answer in time.
         """
         path = self.path(name)
-        info = _wait(_begin(lambda: self.fs.info(path)), deadline, stall_s)
-        check_size_of(num_bytes, info.get("size"), f"{self.url}/{name}")
+        info = call_within(lambda: self.fs.info(path), deadline, f"size of {name}", stall_s)
+        check_size_of(num_bytes, info.get("size"), f"{self.url}/{name}", type(self))
         starts = iter(range(0, num_bytes, CHUNK_BYTES))
-        pending: deque[tuple[int, _Answer]] = deque()
+        pending: deque[tuple[int, Call[bytes]]] = deque()
         while True:
             for start in itertools.islice(starts, _RANGES_AT_ONCE - len(pending)):
                 end = min(start + CHUNK_BYTES, num_bytes)
-                pending.append((end - start, _begin(partial(self.fs.cat_file, path, start=start, end=end))))
+                read = partial(self.fs.cat_file, path, start=start, end=end)
+                pending.append((end - start, Call(read, f"read {name}")))
             if not pending:
                 return
             size, answer = pending.popleft()
-            data = _wait(answer, deadline, stall_s)
+            data = answer.wait(deadline, stall_s)
             if len(data) != size:
                 raise OSError(f"{len(data)} of {size} bytes came")
             yield data
 
     def read_range(
-        self, name: str, start: int, end: int, *, deadline_s: float = DEADLINE_S, counts: Counts | None = None
+        self,
+        name: str,
+        start: int,
+        end: int,
+        *,
+        deadline_s: float = DEADLINE_S,
+        counts: Counts | None = None,
+        check: Callable[[bytes], None] = lambda data: None,
     ) -> bytes:
         """Bytes `start` to `end - 1` of a file that has them.
 
+        Args:
+            check: raises DamagedShard where they are not what they should be; then they are read again, as what was cut short.
+
         Raises:
-            BadShard: missing, or too short.
+            BadShard: missing, too short, or as `check` says.
             UserError: access is denied.
             StorageError: storage fails for longer than the deadline.
         """
@@ -146,11 +194,12 @@ class Storage:
             began = time.monotonic()
             read = partial(self.fs.cat_file, path, start=start, end=end)
             try:
-                data = bytes(_wait(_begin(read), deadline, deadline_s / ATTEMPTS_AT_HANGING))
+                data = bytes(call_within(read, deadline, f"read {name}", deadline_s / ATTEMPTS_AT_HANGING))
             except FileNotFoundError:
                 raise missing_shard(where) from None
             if len(data) != end - start:
-                raise DamagedShard(f"{where}: ends before byte {end}; copy the shard again or build the dataset again")
+                raise DamagedShard(f"{where}: ends before byte {end}; {self.mend}")
+            check(data)
             if counts:
                 counts.add(metric_names.FETCH_BYTES, len(data))
                 counts.add(metric_names.FETCH_SECONDS, time.monotonic() - began)
@@ -161,80 +210,82 @@ class Storage:
     def put(self, file: Path, name: str, *, deadline_s: float = DEADLINE_S) -> None:
         """Upload a file. Object stores show it only when it is complete.
 
+        Args:
+            deadline_s: all attempts together; longer for a large file, see `ask`.
+
         Raises:
             UserError: access is denied.
             StorageError: storage fails for longer than the deadline, or keeps less than was sent.
         """
 
-        def attempt(_deadline: float) -> None:
-            self.fs.put_file(str(file), self.path(name))
-            self.fs.invalidate_cache()
-            stored, sent = self.fs.info(self.path(name))["size"], file.stat().st_size
+        def send() -> None:
+            with own_name(file) as own:
+                self.fs.put_file(str(own), self.path(name))
+                self.fs.invalidate_cache()
+                stored, sent = self.fs.info(self.path(name))["size"], own.stat().st_size
             if stored != sent:
                 raise OSError(f"{stored} of {sent} bytes arrived")
 
-        with_retries(attempt, f"{self.url}/{name}", deadline_s)
+        self.ask(send, name, deadline_s, "written", file.stat().st_size)
 
-    def _chunks(self, name: str, max_bytes: int, deadline: float) -> Iterator[bytes]:
-        """A file's content. Read by a thread, because a read that hangs cannot be interrupted, only left behind."""
-        chunks: queue.Queue[bytes | Exception] = queue.Queue(maxsize=4)
-        left = threading.Event()
+    def names(self, folder: str = "", *, hidden: bool = False, deadline_s: float = LIST_DEADLINE_S) -> list[str]:
+        """Names of what lies in a folder, sorted; none where there is no such folder.
 
-        def put(item: bytes | Exception) -> bool:
-            while not left.is_set():
-                try:
-                    chunks.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
+        Args:
+            hidden: also those that begin with a dot.
+        """
 
-        def read() -> None:
+        def look() -> list[str]:
+            self.fs.invalidate_cache()
             try:
-                with self.fs.open(self.path(name), "rb") as file:
-                    while chunk := file.read(CHUNK_BYTES):
-                        if not put(chunk):
-                            return
-                put(b"")
-            except Exception as e:  # raised again by the reader of the queue
-                put(e)
+                found = self.fs.ls(self.path(folder), detail=False)
+            except FileNotFoundError:
+                return []
+            names = (path.rstrip("/").rpartition("/")[2] for path in found)
+            return sorted(name for name in names if name and (hidden or not name.startswith(".")))
 
-        threading.Thread(target=read, name=f"read {name}", daemon=True).start()
-        num_bytes = 0
-        try:
-            while True:
-                try:
-                    item = chunks.get(timeout=max(0.0, deadline - time.monotonic()))
-                except queue.Empty:
-                    raise TimeoutError("no answer in time") from None
-                if isinstance(item, Exception):
-                    raise item
-                if not item:
-                    return
-                num_bytes += len(item)
-                if num_bytes > max_bytes:
-                    raise UserError(
-                        f"{self.url}/{name}: larger than the {max_bytes} bytes it may have; build the dataset again"
-                    )
-                yield item
-        finally:
-            left.set()
+        return self.ask(look, folder, deadline_s, "listed")
+
+    def exists(self, name: str, *, deadline_s: float = DEADLINE_S) -> bool:
+        """Whether there is such a file or folder."""
+
+        def look() -> bool:
+            self.fs.invalidate_cache()
+            try:
+                # Not by `exists`, which some file systems answer with no where they have failed.
+                self.fs.info(self.path(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+        return self.ask(look, name, deadline_s, "found")
+
+    def delete(self, name: str, *, deadline_s: float = DEADLINE_S) -> None:
+        """Nothing where there is no such file."""
+
+        def remove() -> None:
+            self.fs.invalidate_cache()
+            try:
+                self.fs.rm_file(self.path(name))
+            except FileNotFoundError:
+                return
+
+        self.ask(remove, name, deadline_s, "deleted")
 
 
 def missing_shard(where: str) -> "MissingShard":
     return MissingShard(f"{where}: missing, though the index names it; upload it again or build the dataset again")
 
 
-def check_size_of(expected: int, found: int | None, where: str) -> None:
+def check_size_of(expected: int, found: int | None, where: str, kind: type[Storage] = Storage) -> None:
     """
     Raises:
         DamagedShard: a file is not as large as its index says; storage may not tell, then it is not known yet.
     """
     if found is not None and found > expected:
-        raise DamagedShard(f"{where}: larger than the {expected} bytes it may have; build the dataset again")
+        raise DamagedShard(f"{where}: larger than the {expected} bytes it may have; {kind.mend}")
     if found is not None and found < expected:
-        raise DamagedShard(f"{where}: has {found} bytes, the index says {expected}; copy the shard again or "
-                        "build the dataset again")  # fmt: skip
+        raise DamagedShard(f"{where}: has {found} bytes, {kind.told_by} says {expected}; {kind.mend}")
 
 
 def check(shard: Shard, num_bytes: int, digest: str, where: str) -> None:
@@ -244,42 +295,7 @@ def check(shard: Shard, num_bytes: int, digest: str, where: str) -> None:
     """
     check_size_of(shard.num_bytes, num_bytes, where)
     if digest != shard.hash:
-        raise DamagedShard(f"{where}: its hash is not the index's, the file is damaged; copy the shard again or build "
-                        "the dataset again")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------ deadlines
-
-
-_Answer: TypeAlias = "queue.SimpleQueue[tuple[Any, BaseException | None]]"
-
-
-def _begin(function: Callable[[], Any]) -> _Answer:
-    """Call it in a thread: what hangs there cannot be interrupted, only left behind."""
-    answer: _Answer = queue.SimpleQueue()
-
-    def call() -> None:
-        try:
-            answer.put((function(), None))
-        except BaseException as e:  # raised again by whoever waits
-            answer.put((None, e))
-
-    threading.Thread(target=call, name="storage", daemon=True).start()
-    return answer
-
-
-def _wait(answer: _Answer, deadline: float, stall_s: float) -> Any:
-    """
-    Raises:
-        TimeoutError: nothing came until `deadline`, or for `stall_s`.
-    """
-    try:
-        value, error = answer.get(timeout=max(0.0, min(stall_s, deadline - time.monotonic())))
-    except queue.Empty:
-        raise TimeoutError("no answer in time") from None
-    if error is not None:
-        raise error
-    return value
+        raise DamagedShard(f"{where}: its hash is not the index's, the file is damaged; {Storage.mend}")
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -297,8 +313,42 @@ def error_class(error: BaseException) -> str:
     return "timeout" if isinstance(error, TimeoutError) or "Timeout" in name else "server"
 
 
-def with_retries(attempt: Callable[[float], T], where: str, deadline_s: float, *, counts: Counts | None = None) -> T:
-    """`attempt(deadline)` until it works; pauses double, with jitter. What trying again cannot mend is raised at once."""
+def deadline_for(num_bytes: int, deadline_s: float = DEADLINE_S) -> float:
+    """Seconds for all attempts at moving so many bytes: at least `deadline_s`, and for each attempt what `MIN_BYTES_PER_S`
+    takes."""
+    return max(deadline_s, ATTEMPTS_AT_HANGING * num_bytes / MIN_BYTES_PER_S)
+
+
+def ask(
+    function: Callable[[], T], where: str, *, deadline_s: float = DEADLINE_S, num_bytes: int = 0, verb: str = "read"
+) -> T:
+    """`function()`, which talks to storage, with `with_retries`. An attempt that hangs is left behind after a third of the
+    time, and may happen later all the same.
+
+    Args:
+        num_bytes: that are moved, see `deadline_for`.
+        verb: what is not done where it fails, for the error.
+
+    Raises:
+        UserError: access is denied.
+        StorageError: storage fails for longer than the deadline.
+    """
+    deadline_s = deadline_for(num_bytes, deadline_s)
+
+    def attempt(deadline: float) -> T:
+        return call_within(function, deadline, f"{verb} {where}", deadline_s / ATTEMPTS_AT_HANGING)
+
+    return with_retries(attempt, where, deadline_s, verb=verb)
+
+
+def with_retries(
+    attempt: Callable[[float], T], where: str, deadline_s: float, *, counts: Counts | None = None, verb: str = "read"
+) -> T:
+    """`attempt(deadline)` until it works; pauses double, with jitter. What trying again cannot mend is raised at once.
+
+    Args:
+        verb: what is not done where it fails, for the error.
+    """
     deadline = time.monotonic() + deadline_s
     pause = _FIRST_PAUSE_S
     bad = 0
@@ -313,7 +363,7 @@ def with_retries(attempt: Callable[[float], T], where: str, deadline_s: float, *
             if counts:
                 counts.add(metric_names.FETCH_ERRORS, 1, kind)
             if kind == "denied":
-                raise UserError(f"{where}: access denied ({e}); check the credentials and permissions") from None
+                raise AccessDenied(f"{where}: access denied ({e}); check the credentials and permissions") from None
             if isinstance(e, FileNotFoundError):
                 raise
             if isinstance(e, BadShard):  # a transfer may have been cut short; storage that is damaged stays so
@@ -321,6 +371,6 @@ def with_retries(attempt: Callable[[float], T], where: str, deadline_s: float, *
                 if bad == _ATTEMPTS_AT_BAD:
                     raise
             elif time.monotonic() + pause >= deadline:
-                raise StorageError(f"{where}: not read within {deadline_s:.0f} s ({type(e).__name__}: {e})") from e
+                raise StorageError(f"{where}: not {verb} within {deadline_s:.0f} s ({type(e).__name__}: {e})") from e
         time.sleep(max(0.0, min(pause * jitter.uniform(0.5, 1.5), deadline - time.monotonic())))
         pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -17,7 +17,7 @@ import xxhash
 from data.images import ImageError, image_format
 from data.schema import DATASET, INDEX, LABELS, MAX_DATASET_BYTES, MAX_INDEX_BYTES, DatasetInfo, Shard, index_digest
 from data.stages.store import StageStore
-from data.storage import CHUNK_BYTES, DEADLINE_S, STALL_S, Storage, with_retries
+from data.storage import CHUNK_BYTES, DEADLINE_S, LIST_DEADLINE_S, STALL_S, Storage, with_retries
 from data.tars import Member, TarStream
 from data.wds import (
     MAX_CAPTION_BYTES,
@@ -118,14 +118,14 @@ def _list(storage: Storage, url: str) -> tuple[dict[str, tuple[int, str]], set[s
     """Tars by name with size and stamp, and the names of img2dataset's statistics."""
     single = url.rstrip("/").rpartition("/")[2] if url.rstrip("/").endswith(".tar") else None
 
-    def listed(_deadline: float) -> dict[str, Any]:
+    def look() -> dict[str, Any]:
         storage.fs.invalidate_cache()
         if single:
             return {storage.path(single): storage.fs.info(storage.path(single))}
         return dict(storage.fs.find(storage.root, detail=True))
 
     try:
-        entries = with_retries(listed, storage.url, DEADLINE_S)
+        entries = storage.ask(look, "", LIST_DEADLINE_S, "listed")
     except FileNotFoundError:
         entries = {}
     root = storage.root.lstrip("/")

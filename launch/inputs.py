@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.wds import index_folder
 from launch import snapshot
 from trainer.config import (
     AutoencoderConfig,
@@ -75,8 +76,11 @@ def _lpips_inputs(section: str, config: LPIPSConfig) -> Iterator[tuple[str, str,
             yield f"{section}.{field}", url, ()
 
 
-def check_local(field: str, url: str, files: tuple[str, ...]) -> None:
+def check_local(field: str, url: str, files: tuple[str, ...], *, included: tuple[str, ...] = ()) -> None:
     """
+    Args:
+        included: files and folders that the job's copy of the code holds though git does not know them.
+
     Raises:
         UserError: it is on this machine's disks, and not there or not what the field wants.
     """
@@ -88,6 +92,8 @@ def check_local(field: str, url: str, files: tuple[str, ...]) -> None:
         if field != "init_from.url":
             mend = f"put the weights there, or --set {field}=..."
         raise UserError(f"{field}: no {url}; {mend}")
+    if "index.json" in files:
+        path = index_folder(path)
     if files and not os.path.isdir(path):
         raise UserError(f"{field}: no folder {url}; put it there, or --set {field}=...")
     if "config.json" in files and os.path.isfile(os.path.join(path, CONFIG)):
@@ -101,7 +107,7 @@ def check_local(field: str, url: str, files: tuple[str, ...]) -> None:
             if field == "task.perceptual.url":
                 writer = "`loupe export` writes of a run of the latent_network task"
             raise UserError(f"{field}: {url} has no {file}; it is not what {writer}{hint}")
-    if url.startswith("repo://") and not snapshot.would_hold(Path(path)):
+    if url.startswith("repo://") and not snapshot.would_hold(Path(path), included=included):
         raise UserError(
-            f"{field}: {url} would be missing in the job's copy of the code, git does not know it; `git add` it"
+            f"{field}: {url} would be missing in the job's copy of the code, unknown to git; `git add` it, or --include it"
         )

@@ -1,4 +1,4 @@
-"""Outputs of stages, written by the stages' own core out of the shared photos: what `ingest`, `recaption` and `encode` put out,
+"""Outputs of stages, written by the stages' own core out of image files: what `ingest`, `recaption` and `encode` put out,
 without what they do."""
 
 import json
@@ -6,20 +6,53 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data.images import image_format
+from data.images import image_format, read_image
 from data.measure import image_size
+from data.stages.receipts import done_receipts
 from data.stages.runner import Part, Pass, Stage, Work, Worker
-from data.stages.samples import Row, Samples, SampleWriter, Shard, open_samples, shard_rows
+from data.stages.samples import Row, Samples, SampleWriter, open_samples, shard_rows
 from data.stages.store import Json, StageStore
 
 SHARD = 20
 """Samples of a shard."""
+
+
+@dataclass
+class Files(Stage):
+    """Image files as samples, some a shard."""
+
+    name: ClassVar[str] = "ingest"
+
+    files: Sequence[Path]
+    shard_samples: int
+
+    def settings(self) -> dict[str, Json]:
+        return {"files": len(self.files)}
+
+    def passes(self) -> Sequence[Pass]:
+        return [Pass("ingest", self._items, self._parts)]
+
+    def _items(self, _store: StageStore) -> list[Json]:
+        starts = range(0, len(self.files), self.shard_samples)
+        return [{"name": f"{number:05d}", "first": first} for number, first in enumerate(starts)]
+
+    def _parts(self, work: Work) -> Iterator[Part]:
+        if work.cursor is not None:
+            return
+        writer, first = SampleWriter(work.scratch), work.item["first"]
+        for path in self.files[first : first + self.shard_samples]:
+            data = path.read_bytes()
+            height, width = read_image(data).shape[:2]
+            content = xxhash.xxh3_128_digest(data)
+            captions = {"original": (f"photo {path.stem}",)}
+            writer.add(Row(path.name, width, height, image_format(data), captions, content), data)
+        yield Part(writer.close(), {"read": len(writer.rows), "kept": len(writer.rows)}, cursor="end")
 
 
 @dataclass
@@ -59,18 +92,18 @@ class PhotoStage(Stage):
             )
 
     def _drop_items(self, store: StageStore) -> list[Json]:
-        return [{"name": shard.name} for shard in Samples(store.url, "ingest").shards()]
+        return Samples(store.url, "ingest").items() if self.drop_every else []
 
     def _drops(self, work: Work) -> Iterator[Part]:
-        if work.cursor is not None or not self.drop_every:
-            return
-        item, _, part = work.item["name"].rpartition("-")
-        first = int(item[1:]) + int(part) * SHARD
+        shards = Samples(work.store.url, "ingest").shards_of(work.item)
         keys = [row["file_name"] for row in photos(Path(self.folder))]
-        dropped = [key for i, key in enumerate(keys) if i % self.drop_every == 0 and first <= i < first + SHARD]
-        file = work.scratch / "drops.json"
-        file.write_text(json.dumps(dropped))
-        yield Part({"drops": file}, {"duplicate/exact": len(dropped)}, cursor="end")
+        for done in range(work.cursor or 0, len(shards)):
+            item, _, part = shards[done].name.rpartition("-")
+            first = int(item[1:]) + int(part) * SHARD
+            dropped = [key for i, key in enumerate(keys) if i % self.drop_every == 0 and first <= i < first + SHARD]
+            file = work.scratch / "drops.json"
+            file.write_text(json.dumps(dropped))
+            yield Part({"drops": file}, {"duplicate/exact": len(dropped)}, cursor=done + 1, note=shards[done].note)
 
 
 @dataclass
@@ -87,21 +120,27 @@ class SidecarStage(Stage):
     """Leave out the others."""
 
     def settings(self) -> dict[str, Json]:
-        return {"input": self.samples, "text": self.text}
+        return {
+            "input": self.samples, "made_of": list(open_samples(self.samples).ids), "text": self.text, **self.told(),
+        }  # fmt: skip
+
+    def told(self) -> dict[str, Json]:
+        return {"prompts": dict.fromkeys(self.kinds, "")}
 
     def passes(self) -> Sequence[Pass]:
         return [Pass(self.name, self._items, self._parts)]
 
     def _items(self, _: StageStore) -> list[Json]:
-        return [{"name": shard.name, "shard": vars(shard)} for shard in open_samples(self.samples).shards()]
+        return open_samples(self.samples).items()
 
     def _parts(self, work: Work) -> Iterator[Part]:
-        if work.cursor is not None:
-            return
-        rows = rows_of(self.samples, work)[:: self.every]
-        path = work.scratch / "side.parquet"
-        self.write(path, rows)
-        yield Part({self.role: path}, {"read": len(rows)}, cursor="end")
+        samples = open_samples(self.samples)
+        shards = samples.shards_of(work.item)
+        for done in range(work.cursor or 0, len(shards)):
+            rows = shard_rows(samples, shards[done], work.scratch)[:: self.every]
+            path = work.scratch / "side.parquet"
+            self.write(path, rows)
+            yield Part({self.role: path}, {"read": len(rows)}, cursor=done + 1, note=shards[done].note)
 
     def write(self, path: Path, samples: Sequence[Row]) -> None:
         rows = [
@@ -118,6 +157,9 @@ class ColumnStage(SidecarStage):
 
     name: ClassVar[str] = "encode"
     role: ClassVar[str] = "columns"
+
+    def told(self) -> dict[str, Json]:
+        return {"columns": {"latents": latents_column().model_dump(mode="json")}}
 
     def write(self, path: Path, samples: Sequence[Row]) -> None:
         from data.encode.columns import write_sidecar
@@ -160,11 +202,20 @@ def sample(row: Mapping[str, Json], data: bytes) -> Row:
     )  # fmt: skip
 
 
-def rows_of(url: str, work: Work) -> list[Row]:
-    return shard_rows(open_samples(url), Shard(**work.item["shard"]), work.scratch)
-
-
 def run(stage: Stage, url: str) -> str:
     failures = Worker(stage, StageStore(url)).run()
     assert not failures, failures
     return url
+
+
+def write_samples(url: str, files: Sequence[Path], *, shard_samples: int = 1000) -> str:
+    return run(Files(files, shard_samples), url)
+
+
+def read_parquets(url: str, pass_name: str, role: str) -> list[dict[str, Any]]:
+    """The rows of all sidecars of a finished stage, by receipts."""
+    store, rows = StageStore(url), []
+    for receipt in done_receipts(store, pass_name):
+        for part in receipt["parts"]:
+            rows += pq.read_table(store.path(part["files"][role]["name"]), filesystem=store.fs).to_pylist()
+    return rows

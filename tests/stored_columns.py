@@ -15,8 +15,9 @@ from data.encode.stage import PASS, ROLE
 from data.mds import mds
 from data.reader import open_dataset
 from data.schema import COLUMNS, DATASET, HASH, INDEX, Bucket, DatasetInfo, index_digest
-from data.stages.runner import Part, Pass, Stage, Work, Worker, done_receipts
-from data.stages.samples import ORIGINAL, Row, SampleWriter
+from data.stages.receipts import done_receipts
+from data.stages.runner import Part, Pass, Stage, Work, Worker
+from data.stages.samples import ORIGINAL, Row, SampleWriter, open_samples
 from data.stages.store import Json, StageStore
 from trainer.config import resolve_url
 
@@ -54,20 +55,21 @@ class Captions(Stage):
 
     name: ClassVar[str] = "recaption"
 
-    def __init__(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        self.rows = rows
+    def __init__(self, source: str, rows: Sequence[tuple[str, str, str]]) -> None:
+        self.samples, self.rows = open_samples(source), rows
 
     def settings(self) -> dict[str, Json]:
-        return {}
+        return {"input": self.samples.url, "made_of": list(self.samples.ids)}
 
     def passes(self) -> Sequence[Pass]:
-        return (Pass("recaption", lambda _: [{"name": "shard0-0000"}], self._parts),)
+        return (Pass("recaption", lambda _: self.samples.items()[:1], self._parts),)
 
     def _parts(self, work: Work) -> Iterator[Part]:
+        [shard] = self.samples.shards_of(work.item)
         path = work.scratch / "captions.parquet"
         columns = dict(zip(("key", "kind", "caption"), map(list, zip(*self.rows, strict=True)), strict=True))
         pq.write_table(pa.table(columns), path)
-        yield Part({"captions": path}, {"read": len(self.rows)}, cursor=1)
+        yield Part({"captions": path}, {"read": len(self.rows)}, cursor=1, note=shard.note)
 
 
 def _row(key: str, image: bytes, captions: Mapping[str, Sequence[str]]) -> Row:

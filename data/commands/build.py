@@ -1,28 +1,45 @@
 """`loupe data build`."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from data.commands.stage import StageOptions, run, stage_options, watch
+from data.commands.stage import StageOptions, run, stage_options_of_all_or_nothing
+from data.commands.watching import StageCommand
+
+if TYPE_CHECKING:
+    from data.mdsbuild.stage import BuildStage
 
 _OF_FOLDERS = {"size": "--size", "image_format": "--format", "quality": "--quality", "max_samples": "--max-samples"}
 _OF_STAGES = {
     "captions": "--captions", "columns": "--columns", "min_samples": "--min-samples-of-a-bucket", "work": "--work",
-    "workers": "--workers", "watch": "--watch", "dry_run": "--dry-run", "cluster": "--cluster", "array": "--array",
-    "retry_failed": "--retry-failed",
+    "lease_s": "--lease-s", "cluster": "--cluster", "array": "--array", "retry_failed": "--retry-failed",
+    "give_up_failed": "--give-up-failed",
 }  # fmt: skip
 
 
-@click.command()
-@click.argument("source")
+class _BuildCommand(StageCommand):
+    def watched(self, out: str, values: Mapping[str, Any]) -> str:
+        return str(values["work"]) if isinstance(values.get("work"), str) else _work_of(out)
+
+
+def _work_of(out: str) -> str:
+    return f"{out.rstrip('/')}.work"
+
+
+@click.command(cls=_BuildCommand)
+@click.argument("source", metavar="IN")
 @click.argument("out")
 @click.option("--buckets", metavar="LIST",
               help="Sort images into buckets of these shapes, width to height: such as 2:3,1:1,3:2; default: nine from 1:2 to "
               "2:1; none. Of a stage's output `default` when absent, of a folder `none`.")  # fmt: skip
 @click.option("--min-samples-of-a-bucket", "min_samples", type=click.IntRange(1), default=1000, show_default=True,
-              help="The images of a smaller bucket go to the nearest that has enough.")  # fmt: skip
+              help="Of a stage's output: the images of a smaller bucket go to the nearest that has enough; 1 for a small "
+              "set.")  # fmt: skip
 @click.option("--captions", multiple=True, metavar="[KIND=]URL",
               help="Output of `loupe data recaption` to join by key; KIND: what to call its captions. Repeatable.")  # fmt: skip
 @click.option("--columns", multiple=True, metavar="URL",
@@ -41,8 +58,13 @@ _OF_STAGES = {
               help="Put the images in an order drawn from this seed. Else a folder's stay in its order, and a stage's output "
               "takes 0.")  # fmt: skip
 @click.option("--name", help="Name of the dataset; the last part of OUT when absent.")
-@click.option("--overwrite", is_flag=True, help="Replace the dataset at OUT.")
-@stage_options
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace the dataset at OUT, once the new one is whole. Where OUT.work is of other settings, or of an input that was "
+    "mended since, or the dataset is not what it made, OUT.work is removed and the build begins anew; else it goes on.",
+)
+@stage_options_of_all_or_nothing
 def build(
     source: str,
     out: str,
@@ -61,10 +83,11 @@ def build(
     overwrite: bool,
     options: StageOptions,
 ) -> None:
-    """Build a dataset at OUT, a folder or a URL such as s3://bucket/photos, from the samples at SOURCE.
+    """Build a dataset at OUT, a folder or a URL such as s3://bucket/photos, from the samples at IN.
 
-    SOURCE is the output of `loupe data ingest` or `faces`, a folder or a URL; any number of workers build it, and go on after
-    they were stopped or killed. Or it is a local folder of images:
+    IN is the output of `loupe data ingest` or `faces`, a folder or a URL; any number of workers build it, and go on after
+    they were stopped or killed. Or it is a local folder of images, which one process builds in --workers threads, from the
+    start each time:
 
     \b
     metadata.jsonl    rows with file_name and text or captions, and label if any;
@@ -81,30 +104,26 @@ def build(
     \b
       loupe data build photos runs/photos-data
       loupe data build photos s3://bucket/photos-256 --size 256 --format jpeg
+      loupe data build photos out/set --buckets default --dry-run
       loupe data build classes out/classes --max-samples 1000 --order-seed 0
       loupe data build s3://bucket/faces s3://bucket/set --captions s3://bucket/captions --workers 16
       loupe data build out/faces out/set --captions detailed=out/captions --columns out/latents --buckets 3:4,1:1,4:3
     """
+    from data.commands.sources import check_stage
     from data.provenance import is_stage
-    from trainer.errors import UserError
 
     if is_stage(source):
         _refuse(_OF_FOLDERS, "is for folders of images; the images of a stage are kept as they are")
         _build_stage(source, out, buckets, min_samples, captions, columns, work, shard_mib, order_seed or 0, name, overwrite,
                      options)  # fmt: skip
         return
-    if "://" in source:
-        raise UserError(
-            f"{source}: no output of `loupe data ingest` or `faces` there; ingest it first, or give a local folder"
-        )
-    if not Path(source).is_dir():
-        raise UserError(
-            f"{source}: no such folder; give one with images, or the output of `loupe data ingest` or `faces`"
-        )
+    if "://" in source or not Path(source).is_dir():
+        check_stage(source, "IN")
     _refuse(_OF_STAGES, "is for the output of a stage; run `loupe data ingest` on the folder first")
     _build_folder(
-        Path(source), out, buckets, size, image_format, quality, max_samples, shard_mib, order_seed, name, overwrite
-    )
+        Path(source), out, buckets, size, image_format, quality, max_samples, shard_mib, order_seed, name, overwrite,
+        options,
+    )  # fmt: skip
 
 
 def _refuse(options: dict[str, str], why: str) -> None:
@@ -124,63 +143,112 @@ def _build_stage(
     source: str, out: str, buckets: str | None, min_samples: int, captions: tuple[str, ...], columns: tuple[str, ...],
     work: str | None, shard_mib: int, order_seed: int, name: str | None, overwrite: bool, options: StageOptions,
 ) -> None:  # fmt: skip
-    from rich.console import Console
-
     from data.buckets import parse_aspects
-    from data.commands.shown import count
+    from data.commands.begun import absolute
+    from data.commands.built import show_built, show_expected
+    from data.commands.sources import check_samples, check_stage, nothing_kept
+    from data.mdsbuild.anew import begin_anew, note_inputs
     from data.mdsbuild.sidecars import Sidecar, parse_captions_option
     from data.mdsbuild.stage import BuildStage, check_place
-    from data.publish import file_names
-    from data.schema import DATASET
     from data.stages.store import SUMMARY, StageStore
-    from data.storage import Storage
-    from trainer.errors import UserError
+    from data.survey import survey_stage
 
-    work = work or f"{out.rstrip('/')}.work"
-    if options.watch:
-        watch(work, Console(stderr=True))
-        return
+    given = out
+    source, out, work = absolute(source), absolute(out), absolute(work or _work_of(out))
+    samples = check_samples(source)
+    sidecars = tuple(replace(sidecar, url=absolute(sidecar.url)) for sidecar in map(parse_captions_option, captions))
+    columns = tuple(map(absolute, columns))
+    for option, urls in (("--captions", [sidecar.url for sidecar in sidecars]), ("--columns", columns)):
+        for url in urls:
+            check_stage(url, option)
+            if option == "--captions" and nothing_kept(url):
+                click.echo(
+                    f"WARNING: --captions: {url} has no caption at all; look at `loupe data stats {url}`", err=True
+                )
     stage = BuildStage(
-        source.rstrip("/"),
-        out.rstrip("/"),
+        source,
+        out,
         _name(out, name),
         parse_aspects(buckets or "default", option="--buckets"),
         shard_mib=shard_mib,
         order_seed=order_seed,
         min_samples=min_samples,
-        captions=tuple(parse_captions_option(text) for text in captions),
+        captions=sidecars,
         columns=tuple(Sidecar(url) for url in columns),
         overwrite=overwrite,
     )
-    if not options.dry_run:
-        check_place(stage, work)
-    run(stage, work, options)
+    inputs = [source, *(sidecar.url for sidecar in sidecars), *columns]
+    anew = _unfit(stage, work, inputs)
+    if anew:
+        state = "is removed" if options.cluster == "local" and not options.dry_run else "will be removed"
+        click.echo(f"{anew}; its state at {work} {state}, and it is built anew")
+    check_place(stage, work, write=not options.dry_run)
+    if options.dry_run:
+        found = survey_stage(samples, stage.aspects)
+        click.echo(f"  samples: {found.samples:,}, copies included")
+        show_expected(found.by_bucket, stage.aspects, min_samples, exact=found.exact)
+    elif options.cluster == "local":  # on a cluster each job comes here
+        if anew:
+            begin_anew(StageStore(work))
+        note_inputs(StageStore(work), inputs)
+    was_finished = StageStore(work).exists(SUMMARY)
+    run(stage, work, options, begun_anew=anew is not None)
     if options.dry_run or options.cluster != "local":
         return
     made = StageStore(work).read_json(SUMMARY)["dataset"]
-    if DATASET not in file_names(Storage(out)):
-        raise UserError(
-            f"{out}: this build was finished, and its dataset is no longer there; remove {work} to build it again"
+    show_built(given, made, min_samples)
+    if was_finished and overwrite:
+        click.echo(
+            f"{given}: was built by this very command before, and has its digest and sizes; to build it anew all the same, "
+            f"remove {work}"
         )
-    click.echo(
-        f"{out}: {count(made['samples'], 'sample')} in {count(made['shards'], 'shard')}, {made['bytes'] / 1e6:.2f} MB, "
-        f"digest {made['digest']}; see {out}/README.md"
-    )
     click.echo(f"{work}: the build's state, which may be removed")
+
+
+def _unfit(stage: "BuildStage", work: str, inputs: Sequence[str]) -> str | None:
+    """Why a build's state is to be removed, so that it begins anew; None: it goes on, or there is none.
+
+    Raises:
+        UserError: it does not fit, and there is no --overwrite.
+    """
+    from data.commands.begun import check_begun
+    from data.mdsbuild.anew import is_being_removed, why_not
+    from data.stages.store import OtherSettings, StageStore
+    from data.storage import Storage
+    from trainer.errors import UserError
+
+    store = StageStore(work)
+    if is_being_removed(store):
+        why: str | None = f"{work}: was being removed to build anew, and that was stopped"
+    else:
+        try:
+            check_begun(stage, work)
+        except OtherSettings as e:
+            why = e.told
+        else:
+            why = why_not(store, Storage(stage.out), inputs)
+    if why is not None and not stage.overwrite:
+        raise UserError(
+            f"{why}; add --overwrite to build anew (what is there stays until the new dataset is whole), or name another OUT"
+        )
+    return why
 
 
 def _build_folder(
     source: Path, out: str, buckets: str | None, size: int | None, image_format: str, quality: int, max_samples: int | None,
-    shard_mib: int, order_seed: int | None, name: str | None, overwrite: bool,
+    shard_mib: int, order_seed: int | None, name: str | None, overwrite: bool, options: StageOptions,
 ) -> None:  # fmt: skip
     from rich.console import Console
     from rich.markup import escape
 
     from data.buckets import parse_aspects
     from data.build import build as build_dataset
+    from data.build import check_build
+    from data.commands.built import show_built, show_expected
     from data.commands.shown import bar, count, show_list
     from data.schema import Resize
     from data.source import open_source
+    from data.survey import survey_folder
 
     console = Console(stderr=True)
     resize = Resize.model_validate(
@@ -193,6 +261,16 @@ def _build_folder(
     aspects = parse_aspects(buckets or "none", option="--buckets")
     with console.status(f"listing {escape(str(source))}"):
         found = open_source(source)
+    if options.dry_run:
+        check_build(found, out, shard_mib, overwrite)
+        expected = survey_folder(found, aspects, max_samples=max_samples)
+        click.echo(f"build {source} into {out}, from {found.layout}")
+        click.echo(f"  {count(expected.images, 'image')}, {expected.captioned:,} of them with a file and captions, "
+                   f"{count(expected.captions, 'caption')}")  # fmt: skip
+        click.echo(f"  samples: {expected.samples:,} at most, those that can be decoded")
+        show_expected(expected.by_bucket, aspects, None, exact=expected.exact)
+        _tell_no_row(found.no_row)
+        return
     with bar(console) as progress:
         task = progress.add_task("building", total=len(found.entries))
         built = build_dataset(
@@ -205,18 +283,26 @@ def _build_folder(
             order_seed=order_seed,
             aspects=aspects,
             overwrite=overwrite,
+            threads=max(options.workers, 1),
             progress=lambda: progress.advance(task),
         )
-    click.echo(
-        f"{out}: {count(built.info.num_samples, 'sample')} in {count(built.num_shards, 'shard')}, "
-        f"{built.num_bytes / 1e6:.2f} MB, from {found.layout}"
-    )
+    show_built(out, built.told())
+    click.echo(f"from {found.layout}")
     if built.info.class_names:
         click.echo(f"classes: {', '.join(built.info.class_names)}")
-    if built.info.buckets:
-        click.echo("buckets: " + ", ".join(f"{b.name} ({count(b.num_shards, 'shard')})" for b in built.info.buckets))
     if built.info.merged_rows:
         click.echo(f"merged: {count(built.info.merged_rows, 'row')} named an image again")
+    _tell_no_row(found.no_row)
     for reason, number in built.info.rejected.items():
         click.echo(f"rejected: {count(number, 'image')}, {reason}")
     show_list([f"{r.file_name}: {r.reason}: {r.detail}" for r in built.rejected], f"{out}/rejected.jsonl")
+
+
+def _tell_no_row(files: Sequence[str]) -> None:
+    from data.commands.shown import count
+    from data.source import METADATA
+
+    if files:
+        click.echo(
+            f"no_row: {count(len(files), 'image file')} that {METADATA} has no row of, not used, such as {files[0]}"
+        )

@@ -7,10 +7,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from data.commands.stage import StageOptions, run, stage_options, watch
+from data.commands.stage import StageOptions, run, stage_options_of_all_or_nothing
+from data.commands.watching import StageCommand
 
 
-@click.command()
+@click.command(cls=StageCommand)
 @click.argument("source", metavar="IN")
 @click.argument("out")
 @click.option(
@@ -38,7 +39,7 @@ from data.commands.stage import StageOptions, run, stage_options, watch
 @click.option("--name", default="latents", show_default=True, help="Column of the latents.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=16, show_default=True, help="Images at a time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@stage_options
+@stage_options_of_all_or_nothing
 def encode(
     source: str,
     out: str,
@@ -79,14 +80,16 @@ def encode(
           --latents moments --dtype bfloat16 --buckets default --device cuda
       loupe data encode out/blurred out/text --text '{family: clip, url: models/clip-l, width: 768, pooled_width: 768}'
     """
-    from rich.console import Console
-
-    if options.watch:  # loads no network
-        watch(out, Console(stderr=True))
-        return
+    from data.commands.begun import absolute
+    from data.commands.sources import check_samples, check_stage
     from data.encode.stage import Encode
     from trainer.errors import UserError
 
+    source, captions = absolute(source), tuple(map(absolute, captions))
+    codec = absolute(codec) if codec and os.path.isdir(codec) else codec
+    check_samples(source)  # before networks are loaded and OUT is begun for it
+    for url in captions:
+        check_stage(url, "--captions")
     if not codec and not text:
         raise UserError("--codec: give an autoencoder, a text encoder with --text, or both")
     options = _placed(options, device)
@@ -119,7 +122,7 @@ def _latents_job(
 ) -> Any:  # fmt: skip
     from data.buckets import parse_aspects, shape_of
     from data.encode.stage import LatentsJob
-    from data.provenance import public_url
+    from data.urls import public_url
     from trainer.models.autoencoders import Codec
     from trainer.precompute import LoadCodec, latents_column
 
@@ -139,7 +142,7 @@ def _text_jobs(
     given: tuple[str, ...], captions_per_kind: int | None, dtype: Any, device: str, num_threads: int
 ) -> dict[str, Any]:
     from data.encode.stage import TextJob
-    from data.provenance import public_url
+    from data.urls import public_url
     from trainer.precompute import LoadText, text_column, text_encoders, text_revision
 
     jobs: dict[str, Any] = {}

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import click
 
+from data.commands.shown import told_faces
 from data.commands.stage import StageOptions, run, stage_options
+from data.commands.watching import StageCommand
 
 
-@click.command()
+@click.command(cls=StageCommand)
 @click.argument("source", metavar="IN")
 @click.argument("out")
 @click.option("--detector", default="yunet", show_default=True,
@@ -17,7 +19,7 @@ from data.commands.stage import StageOptions, run, stage_options
     "--weights", type=click.Path(path_type=Path, dir_okay=False), help="The detector's weights, a local file."
 )
 @click.option("--detector-option", "detector_options", multiple=True, metavar="NAME=VALUE",
-              help="Such as min_score=0.7 or long_sides=[320,1024]; repeatable.")  # fmt: skip
+              help="Of the detector, such as min_score=0.5; repeatable. Those of yunet are below.")  # fmt: skip
 @click.option("--cells", type=click.IntRange(1, 64), default=3, show_default=True,
               help="Of a blurred face, across it; fewer leave less.")  # fmt: skip
 @click.option("--margin", type=click.FloatRange(0, 2), default=0.3, show_default=True,
@@ -43,6 +45,14 @@ def faces(
     Images without faces keep their bytes. The others are encoded anew: upright, in sRGB, without EXIF, whose thumbnail may
     show a face. Boxes and scores are kept beside them.
 
+    \b
+    options of yunet, with their defaults
+    min_score=0.6           0 to 1; lower finds more faces, and more of what is none
+    long_sides=[320,1024]   sizes that an image is searched at, 32 to 4096 pixels;
+                            [320,1024,2048] finds small faces in large photos
+    max_enlarge=1.0         small images are enlarged so much at most
+    overlap=0.3             0 to 1; boxes that share more are one face
+
     OUT/audit.png shows blurred faces at random with their boxes, and OUT/summary.json how many images have some: look at
     both before you train. A detector misses faces, small and turned ones first.
 
@@ -53,10 +63,12 @@ def faces(
       loupe data faces s3://bucket/ingested s3://bucket/blurred --weights yunet.onnx --detector-option min_score=0.5
       loupe data faces out/ingested out/blurred --detector mycompany.faces:Detector --weights faces.pt
     """
+    from data.commands.begun import absolute
+    from data.commands.sources import check_samples
     from data.faces.detect import detector_spec
     from data.faces.stage import Faces
-    from data.stages.samples import open_samples
 
-    open_samples(source)  # before OUT is begun for it
+    source = absolute(source)
+    check_samples(source)  # before OUT is begun for it
     spec = detector_spec(detector, weights, detector_options)
-    run(Faces(source, spec, cells=cells, margin=margin, quality=quality, seed=seed), out, options)
+    run(Faces(source, spec, cells=cells, margin=margin, quality=quality, seed=seed), out, options, tell=told_faces)

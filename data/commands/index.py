@@ -28,6 +28,7 @@ def index(url: str, out: str | None, overwrite: bool, threads: int) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from data.commands.shown import count
     from data.tar_index import index_tars
 
     console = Console(stderr=True)
@@ -42,10 +43,10 @@ def index(url: str, out: str | None, overwrite: bool, threads: int) -> None:
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     click.echo(
-        f"{found.url}: {found.info.num_samples} samples in {found.num_tars} tars, {found.num_bytes / 1e6:.2f} MB; read "
-        f"{found.num_read} of them"
+        f"{found.url}: {count(found.info.num_samples, 'sample')} in {count(found.num_tars, 'tar')}, "
+        f"{found.num_bytes / 1e6:.2f} MB, digest {found.info.digest}; read {found.num_read} of them"
     )
-    for reason, count in found.info.rejected.items():
-        click.echo(f"left out: {count}, {reason}")
+    for reason, number in found.info.rejected.items():
+        click.echo(f"left out: {number}, {reason}")
     for warning in found.warnings:
         click.echo(f"WARNING: {warning}")

@@ -1,16 +1,17 @@
 """`loupe data ingest`."""
 
-import os
 from pathlib import Path
 
 import click
 
+from data.commands.shown import told_ingest
 from data.commands.stage import StageOptions, run, stage_options
+from data.commands.watching import StageCommand
 
 _LAYOUTS = ("auto", "tars", "manifest", "images", "metadata", "texts", "classes")
 
 
-@click.command()
+@click.command(cls=StageCommand)
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.argument("out")
 @click.option(
@@ -112,6 +113,7 @@ def ingest(
       loupe data ingest urls.parquet s3://bucket/ingested --caption-column alt --per-host 2
       loupe data ingest imagenet/train out --class-names words.txt --keep-near-duplicates
     """
+    from data.commands.begun import absolute
     from data.ingest.class_names import read_class_names
     from data.ingest.examine import Filters
     from data.ingest.expand import check_sources, expand
@@ -124,7 +126,7 @@ def ingest(
     if not StageStore(out).exists(STAGE):
         expand(sources, layout)  # a name that is mistyped is told before the folder is bound to it
     stage = IngestStage(
-        sources=[_absolute(source) for source in sources],
+        sources=[absolute(source) for source in sources],
         layout=layout,
         columns=Columns(url_column, caption_column, licence_column),
         filters=Filters(
@@ -134,9 +136,4 @@ def ingest(
         class_words=read_class_names(class_names) if class_names else {},
         distance=None if keep_near_duplicates else phash_distance,
     )
-    run(stage, out, options)
-
-
-def _absolute(source: str) -> str:
-    """The same for workers in other folders."""
-    return source if "://" in source or "::" in source else os.path.abspath(source)
+    run(stage, out, options, tell=told_ingest)

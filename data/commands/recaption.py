@@ -8,9 +8,10 @@ import click
 from click.core import ParameterSource
 
 from data.commands.stage import StageOptions, run, stage_options
+from data.commands.watching import StageCommand
 
 
-@click.command()
+@click.command(cls=StageCommand)
 @click.argument("source", metavar="IN")
 @click.argument("out")
 @click.option("--model", required=True,
@@ -22,7 +23,7 @@ from data.commands.stage import StageOptions, run, stage_options
               help="<CAPTION> gives the kind short, <DETAILED_CAPTION> detailed, <MORE_DETAILED_CAPTION> long; KIND=PROMPT any "
               "other. Repeatable: images are encoded once.")  # fmt: skip
 @click.option("--beams", type=click.IntRange(1, 16), default=1, show_default=True, help="Of the search; 1: greedy.")
-@click.option("--max-new-tokens", type=click.IntRange(2, 4096), default=256, show_default=True,
+@click.option("--max-new-tokens", type=click.IntRange(2, 4096), show_default="256, or what the model can hold",
               help="Longest caption.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
@@ -46,7 +47,7 @@ def recaption(
     allow_download: bool,
     prompts: tuple[str, ...],
     beams: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     device: str,
     dtype: str,
     batch_images: int | None,
@@ -71,27 +72,30 @@ def recaption(
           --prompt '<CAPTION>' --prompt '<MORE_DETAILED_CAPTION>' --cluster slurm --array 16 --gpus-per-task 1
       loupe data recaption out/ingested out/captions --model florence-community/Florence-2-base --allow-download
     """
+    from data.commands.begun import absolute
+    from data.commands.sources import check_samples
     from data.recaption.captioner import Decoding
-    from data.recaption.model import choose_device, choose_dtype, find_model
+    from data.recaption.model import choose_device, choose_dtype, choose_new_tokens, find_model
     from data.recaption.stage import Recaption
-    from data.stages.samples import open_samples
 
-    open_samples(source)  # before OUT is begun for it
+    source = absolute(source)
+    check_samples(source)  # before OUT is begun for it
     by_kind = prompts_by_kind(prompts)
     device = choose_device(device)
     on_gpu = device == "cuda"
     if on_gpu:
         options = _one_worker_a_gpu(options)
+    files = find_model(model, hub_revision=revision, allow_download=allow_download)
     decoding = Decoding(
         beams=beams,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=choose_new_tokens(max_new_tokens, files.folder),
         batch_images=batch_images or (32 if on_gpu else 1),
         batch_captions=batch_captions or (256 if on_gpu else 32),
         compiled=compiled,
     )
     stage = Recaption(
         source,
-        find_model(model, hub_revision=revision, allow_download=allow_download),
+        files,
         by_kind,
         device=device,
         dtype=choose_dtype(dtype, device),

@@ -1,6 +1,7 @@
 """What commands say, alike everywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 from rich.console import Console
@@ -25,3 +26,19 @@ def show_list(lines: Sequence[str], rest_in: str | None = None) -> None:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def samples_line(samples: Mapping[str, int]) -> str:
+    """What `ingest` has left for the next stage."""
+    return f"kept {samples['kept']:,}, of them {samples['after_duplicates']:,} after duplicates"
+
+
+def told_ingest(out: str, summary: Mapping[str, Any]) -> list[str]:
+    return [f"{out}: {samples_line(summary['samples'])}"]
+
+
+def told_faces(out: str, summary: Mapping[str, Any]) -> list[str]:
+    found = summary["faces"]
+    share = f"{found['images_blurred']:,} of {count(found['images'], 'image')} blurred ({found['blurred_share']:.1%})"
+    lines = [f"{out}: {share}, {count(found['faces'], 'face')}"]
+    return [*lines, f"look at {out.rstrip('/')}/{found['audit']} before you train"] if found["audit"] else lines

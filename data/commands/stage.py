@@ -3,28 +3,31 @@
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console
 
-from data.stages.runner import LEASE_S, Stage, Stopped, retry_failed
-from data.stages.status import PassStatus, StageStatus, Watcher, count_lines
-from data.stages.store import STAGE, StageStore, check_claim
+from data.commands.begun import begin, check_begun, shown_settings, whole
+from data.commands.progress import POLL_S, SHOWN, StageProgress, uncounted
+from data.commands.progress import line as progress_line
+from data.commands.shown import count
+from data.stages.failed import give_up_failed, retry_failed
+from data.stages.runner import LEASE_S, Stage, Stopped
+from data.stages.status import Watcher, count_lines
+from data.stages.store import STAGE, SUMMARY, Json, StageStore
 from data.stages.workers import run_workers
 from trainer.errors import ExitCode, UserError
 
-LINE_EVERY_S = 30.0
-"""Where there is no terminal."""
-POLL_S = 2.0
-_SHOWN = 10
-"""Items at work, and failed ones, that are listed."""
+TELL_WITHIN_S = 60.0
+"""What reading receipts may take at the end."""
+
+
+Tell = Callable[[str, Json], list[str]]
+"""A stage's output and summary to lines."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class StageOptions:
     lease_s: float
     watch: bool
     retry_failed: bool
+    give_up_failed: bool
+    give_up_at_most: int | None
     dry_run: bool
     cluster: str
     array: int
@@ -45,16 +50,25 @@ class StageOptions:
     image: str | None
     namespace: str | None
     secret: str | None
+    volume_claims: tuple[str, ...]
 
 
-def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of `StageOptions` to a command, which gets them as `options`."""
+def stage_options(command: Callable[..., Any], *, gives_up: bool = True) -> Callable[..., Any]:
+    """Adds the options of `StageOptions` to a command, which gets them as `options`.
+
+    Args:
+        gives_up: whether the stage can do without items; else the option is not shown.
+    """
     decorators = [
         click.option("--workers", type=click.IntRange(0), default=_cores(), show_default="cores of this machine",
                      help="Processes on this machine; 0: work in this one."),
         click.option("--watch", is_flag=True, help="Do no work; show how far all workers on all machines are."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
         click.option("--retry-failed", is_flag=True, help="Try items again that have failed too often."),
+        click.option("--give-up-failed", is_flag=True, hidden=not gives_up,
+                     help="Go on without items that have failed too often; they are counted and named in the output."),
+        click.option("--give-up-at-most", type=click.IntRange(1), metavar="N", hidden=not gives_up,
+                     help="Of a pass's items, that --give-up-failed may do without; 1 % or 3 when absent, and never all."),
         click.option("--lease-s", type=click.FloatRange(1), default=LEASE_S, show_default=True,
                      help="Seconds after which the work of a worker that is no longer heard of goes to another."),
         click.option("--cluster", type=click.Choice(["local", "slurm", "kubernetes"]), default="local", show_default=True,
@@ -69,6 +83,9 @@ def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--image", help="Container of the pods."),
         click.option("--namespace", help="Kubernetes'."),
         click.option("--secret", help="Kubernetes': its keys become environment variables, such as storage credentials."),
+        click.option("--volume-claim", "volume_claims", multiple=True, metavar="CLAIM:/path",
+                     help="Kubernetes': a PersistentVolumeClaim that pods mount at /path, where its files are here, too. "
+                     "Repeatable."),
     ]  # fmt: skip
 
     def with_options(*args: Any, **kwargs: Any) -> Any:
@@ -83,36 +100,53 @@ def stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+stage_options_of_all_or_nothing = partial(stage_options, gives_up=False)
+"""Of stages that need every item."""
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(stage: Stage, out: str, options: StageOptions) -> None:
+def run(stage: Stage, out: str, options: StageOptions, tell: Tell | None = None, *, begun_anew: bool = False) -> None:
     """Do a stage as its command's options say, into folder or URL `out`.
+
+    Args:
+        tell: of the summary, when all is done, what to print beside the counts.
+        begun_anew: what is there is of other settings, and goes before any work.
 
     Raises:
         UserError: items have failed, or what a worker met.
         click.exceptions.Exit: with code 75 when stopped by SIGTERM; started again, it goes on.
     """
     console = Console(stderr=True)
-    if options.watch:
-        if not StageStore(out).exists(STAGE):
-            raise UserError(f"{out}: nothing has begun there yet; watch it once workers have started")
-        watch(out, console)
-        return
+    if options.retry_failed and options.give_up_failed:
+        raise UserError("--retry-failed, --give-up-failed: give one of them")
+    if options.give_up_at_most and not options.give_up_failed:
+        raise UserError("--give-up-at-most: goes with --give-up-failed; add that, or leave it out")
     if options.cluster == "local" and options.array > 1:
         raise UserError("--array: is of jobs on a cluster; add --cluster slurm or kubernetes, or take --workers here")
+    if not begun_anew:
+        check_begun(stage, out)  # before anything is queued
+    submit = _submission(stage, options) if options.cluster != "local" else None
     if options.dry_run:
         _dry_run(stage, out, options)
-        if options.cluster != "local":
-            _submit(stage, out, options)
+        if submit:
+            submit()
         return
-    if options.retry_failed and (count := retry_failed(StageStore(out), stage)):
-        click.echo(f"{out}: {count} failed items are tried again")
-    if options.cluster != "local":
-        _submit(stage, out, options)
+    if options.retry_failed and (number := retry_failed(StageStore(out), stage)):
+        click.echo(f"{out}: {count(number, 'failed item')} to be tried again")
+    if options.give_up_failed:
+        given_up = give_up_failed(StageStore(out), stage, at_most=options.give_up_at_most)
+        for one in given_up if submit else ():  # else it is told at the end
+            click.echo(f"given up: {one.pass_name} {one.item}, {one.parts} parts of it are kept: {one.why}", err=True)
+    if submit:
+        submit()
         return
-    with _Progress(out, console) as progress:
+    was_finished = StageStore(out).exists(SUMMARY)
+    context = click.get_current_context(silent=True)
+    begin(stage, out, command_line(context, to_keep=True) if context else None)
+    with StageProgress(out, console) as progress:
         try:
             failures = run_workers(
                 stage, out, workers=options.workers, lease_s=options.lease_s, tick=progress.tick, tick_s=POLL_S
@@ -120,45 +154,90 @@ def run(stage: Stage, out: str, options: StageOptions) -> None:
         except Stopped:
             click.echo(f"{out}: stopped; the same command goes on", err=True)
             raise click.exceptions.Exit(int(ExitCode.REQUEUE)) from None
-    _tell(out, failures)
+    _tell(stage, out, failures, retried=options.retry_failed and was_finished)
+    if tell:
+        for line in tell(out, StageStore(out).read_json(SUMMARY)):
+            click.echo(line)
 
 
-def _tell(out: str, failures: list[str]) -> None:
-    status = Watcher(out).poll()
+def _tell(stage: Stage, out: str, failures: list[str], *, retried: bool) -> None:
+    status = Watcher(out).poll(within_s=TELL_WITHIN_S)
     for one in status.passes:
         if one.counts:
-            click.echo(f"{out}: {one.name}: " + ", ".join(count_lines(one.counts)))
-    if failures:
-        for line in failures[:_SHOWN]:
-            click.echo(f"failed: {line}", err=True)
-        raise UserError(
-            f"{out}: {len(failures)} items failed; mend the cause and run again with --retry-failed, what is done stays done"
+            click.echo(f"{out}: {one.name}: " + ", ".join([*count_lines(one.counts), *uncounted(one)]))
+    given_up = [f"{one.name} {item}: {why}" for one in status.passes for item, why in sorted(one.given_up.items())]
+    for line in given_up[:SHOWN]:
+        click.echo(f"given up: {line}", err=True)
+    if len(given_up) > SHOWN:
+        click.echo(f"given up: and {len(given_up) - SHOWN} more, see {out}/{SUMMARY}", err=True)
+    if given_up and retried:
+        click.echo(
+            f"{out}: --retry-failed tries none of them, since the stage is finished; run it anew into another folder to have "
+            "them",
+            err=True,
         )
+    if failures:
+        for line in failures[:SHOWN]:
+            click.echo(f"failed: {line}", err=True)
+        spares = {one_pass.name for one_pass in stage.passes() if one_pass.spares}
+        without = ", or with --give-up-failed to do without them" if _passes_of(failures) <= spares else ""
+        raise UserError(
+            f"{out}: {count(len(failures), 'item')} failed; mend the cause and run again with --retry-failed{without}; what is "
+            "done stays done"
+        )
+    if status.finished and not sum(one.counts.get("kept", 0) for one in status.passes):
+        why = (
+            "all were left out, by the reasons above" if any(one.counts for one in status.passes) else "there was none"
+        )
+        click.echo(f"WARNING: {out}: nothing was kept: {why}; what follows has nothing to work on", err=True)
+
+
+def _passes_of(failures: list[str]) -> set[str]:
+    """Each failure begins with its pass."""
+    return {line.partition(" ")[0] for line in failures}
+
+
+_ITEM_OF = {
+    "ingest": "SOURCEs, of tars some together",
+    "faces": "shards of IN, or runs of them",
+    "recaption": "shards of IN, or runs of them",
+    "encode": "shards of IN, or runs of them",
+    "build": "windows of shards of IN",
+}
 
 
 def _dry_run(stage: Stage, out: str, options: StageOptions) -> None:
-    if StageStore(out).exists(STAGE):
-        check_claim(StageStore(out), stage.name, stage.version, stage.settings())
     click.echo(f"{stage.name} into {out}")
     for name, value in stage.settings().items():
-        click.echo(f"  {name}: {value}")
+        for key, text in shown_settings(stage.name, name, value):
+            click.echo(f"  {key}: {text}")
     first = stage.passes()[0]
     items = first.items(StageStore(out))
-    click.echo(f"  {len(items)} items" + (f", the first {items[0]['name']}" if items else ""))
+    what = f" ({_ITEM_OF[stage.name]})" if stage.name in _ITEM_OF else ""
+    click.echo(f"  {len(items)} items{what}" + (f", the first {items[0]['name']}" if items else ""))
     where = (
         f"{options.array} jobs of {options.workers} workers"
-        if options.cluster == "slurm"
+        if options.cluster != "local"
         else f"{options.workers} workers"
     )
     click.echo(f"  {where}; passes: {', '.join(p.name for p in stage.passes())}")
+    if StageStore(out).exists(STAGE):
+        status = Watcher(out).poll(within_s=TELL_WITHIN_S)
+        state = "finished: the command would do nothing" if status.finished else "has begun, and would go on"
+        click.echo(f"  {out}: {state}; {progress_line(status)}")
 
 
-def _submit(stage: Stage, out: str, options: StageOptions) -> None:
-    """To the queue; on a dry run, and for Kubernetes, print what would go there."""
-    from launch.job_array import ArrayOptions, PodOptions, job_manifest, script_here, submit_array
+def _submission(stage: Stage, options: StageOptions) -> Callable[[], None]:
+    """What brings it to the queue; on a dry run, and for Kubernetes, what prints what would go there.
 
-    StageStore(out)  # refuses a URL that cannot be opened before anything is queued
-    arguments = command_line(click.get_current_context())
+    Raises:
+        UserError: an option is missing, or pods would not see a folder.
+    """
+    from data.commands.pods import check_places
+    from launch.slurm_job.array import ArrayOptions, PodOptions, job_manifest, parse_volume, script_here, submit_array
+
+    context = click.get_current_context()
+    arguments = command_line(context)
     if options.cpus_per_task and "--workers" not in arguments:  # a job sees its node's cores, whatever it may use
         arguments += ["--workers", str(options.cpus_per_task)]
     name = f"loupe-{stage.name}"
@@ -169,14 +248,22 @@ def _submit(stage: Stage, out: str, options: StageOptions) -> None:
     if options.cluster == "kubernetes":
         if options.image is None:
             raise UserError("--image: name the container that the pods run")
-        pod = PodOptions(options.image, options.namespace, options.secret)
-        click.echo(job_manifest(["loupe", *arguments], name=name, options=array, pod=pod), nl=False)
-        return
+        volumes = [parse_volume(text) for text in options.volume_claims]
+        check_places(context, volumes)
+        pod = PodOptions(options.image, options.namespace, options.secret, volumes)
+        manifest = job_manifest(["loupe", *arguments], name=name, options=array, pod=pod)
+        return lambda: click.echo(manifest, nl=False)
+    command = [sys.executable, "-m", "launch.cli", *arguments]
     if options.dry_run:
-        click.echo(script_here([sys.executable, "-m", "launch.cli", *arguments], name=name, options=array), nl=False)
-        return
-    job = submit_array([sys.executable, "-m", "launch.cli", *arguments], name=name, options=array)
-    click.echo(f"job {job}: {options.array} of {stage.name}; look with `loupe {shlex.join(arguments)} --watch`")
+        script = script_here(command, name=name, options=array)
+        return lambda: click.echo(script, nl=False)
+
+    def queue() -> None:
+        job = submit_array(command, name=name, options=array)
+        look = shlex.join(["loupe", *_words_to_watch(context)])
+        click.echo(f"job {job}: {options.array} of {stage.name}; look with `{look}`")
+
+    return queue
 
 
 _PLACES = {
@@ -188,122 +275,49 @@ _PLACES = {
     "cpus_per_task",
     "mem",
     "gpus_per_task",
+    "image",
+    "namespace",
+    "secret",
+    "volume_claims",
     "retry_failed",
+    "give_up_failed",
+    "give_up_at_most",
     "dry_run",
 }
 
 
-def command_line(context: click.Context) -> list[str]:
-    """The words that call this command with these options but where it runs: `data ingest SOURCE OUT --workers 4 ...`."""
+def _words_to_watch(context: click.Context) -> list[str]:
+    work = context.params.get("work")
+    return [*context.command_path.split()[1:], context.params["out"], *(["--work", work] if work else []), "--watch"]
+
+
+_NOT_KEPT = {"workers", "lease_s", "watch", "overwrite"}
+
+
+def command_line(context: click.Context, *, to_keep: bool = False) -> list[str]:
+    """The words that call this command with these options but where it runs: `data ingest SOURCE OUT --workers 4 ...`.
+
+    Args:
+        to_keep: for a later day, from any folder: with whole paths, and without what decides nothing of the output.
+    """
     words = context.command_path.split()[1:]
+    words = words if words[:1] == ["data"] or not to_keep else ["data", *words]
     options: list[str] = []
     for param in context.command.params:
         value = context.params.get(param.name or "")
-        if param.name in _PLACES or value is None or value == param.get_default(context):
+        if (
+            param.name in _PLACES
+            or (to_keep and param.name in _NOT_KEPT)
+            or value is None
+            or value == param.get_default(context)
+        ):
             continue
         values = value if isinstance(value, (tuple, list)) else [value]
         if isinstance(param, click.Argument):
-            words += [str(v) for v in values]
+            words += [whole(param, str(v)) if to_keep else str(v) for v in values]
         elif isinstance(param, click.Option) and param.is_flag:
             options.append(param.opts[-1] if value else param.secondary_opts[-1])
         else:
             for v in values:
-                options += [param.opts[-1], str(v)]
+                options += [param.opts[-1], whole(param, str(v)) if to_keep else str(v)]
     return [*words, *options]
-
-
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-class _Progress:
-    """A bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, out: str, console: Console) -> None:
-        self._out, self._console = out, console
-        self._watcher: Watcher | None = None
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task: TaskID | None = None
-        self._pass = ""
-        self._told = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def tick(self) -> None:
-        if self._watcher is None:
-            if not StageStore(self._out).exists("stage.json"):
-                return
-            self._watcher = Watcher(self._out)
-        status = self._watcher.poll()
-        current = status.current
-        if current.items is None:
-            return
-        if self._console.is_terminal:
-            if self._task is None or self._pass != current.name:
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                self._pass, self._task = current.name, self._bar.add_task(current.name, total=current.items, speed="")
-            self._bar.update(self._task, completed=current.done, speed=_speed(status))
-        elif time.monotonic() - self._told > LINE_EVERY_S:
-            self._told = time.monotonic()
-            self._console.print(_line(status), markup=False, highlight=False, soft_wrap=True)
-
-
-def _speed(status: StageStatus) -> str:
-    return f"{status.samples_per_s:,.0f} samples/s" if status.samples_per_s else ""
-
-
-def _line(status: StageStatus) -> str:
-    current = status.current
-    facts = [
-        f"{current.name}: {current.done} of {current.items} items",
-        *count_lines(current.counts)[:2],
-        _speed(status),
-    ]
-    if current.failed:
-        facts.append(f"{len(current.failed)} failed")
-    return ", ".join(fact for fact in facts if fact)
-
-
-def watch(out: str, console: Console) -> None:
-    """Show a stage's progress until it has ended; Ctrl-C ends the watching only."""
-    watcher = Watcher(out)
-    if not console.is_terminal:
-        while True:
-            status = watcher.poll()
-            click.echo(_line(status))
-            if status.finished:
-                return
-            time.sleep(LINE_EVERY_S)
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                status = watcher.poll()
-                live.update(Group(*(_table(one) for one in status.passes if one.items is not None)), refresh=True)
-                if status.finished:
-                    return
-                time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        click.echo("no longer watching; the workers go on")
-
-
-def _table(one: PassStatus) -> Table:
-    table = Table(title=f"{one.name}: {one.done} of {one.items} items", title_justify="left", expand=False)
-    for column in ("item", "worker", "samples", "lease ends in"):
-        table.add_column(column)
-    for item, holder in sorted(one.holders)[:_SHOWN]:
-        left = holder.deadline - time.time()
-        table.add_row(item, holder.worker, str(holder.samples), f"{left:.0f} s" if left > 0 else "expired")
-    if len(one.holders) > _SHOWN:
-        table.add_row(f"and {len(one.holders) - _SHOWN} more", "", "", "")
-    for item, why in sorted(one.failed.items())[:_SHOWN]:
-        table.add_row(item, "failed", "", why[:80])
-    table.caption = ", ".join(count_lines(one.counts))
-    return table

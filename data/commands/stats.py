@@ -1,7 +1,7 @@
 """`loupe data stats`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -29,14 +29,16 @@ def stats(url: str, as_json: bool, sample: int, shards: int, cache_dir: str | No
     """
     from rich.console import Console
 
+    from data.commands.sources import check_dataset
     from data.measure import Measured, measure_dataset, measure_stage
     from data.provenance import is_stage
 
     with Console(stderr=True).status("reading"):
+        of_stage = is_stage(url)
+        if not of_stage:
+            check_dataset(url)
         found: Measured = (
-            measure_stage(url, shards=shards)
-            if is_stage(url)
-            else measure_dataset(url, sample=sample, cache_dir=cache_dir)
+            measure_stage(url, shards=shards) if of_stage else measure_dataset(url, sample=sample, cache_dir=cache_dir)
         )
     if as_json:
         click.echo(json.dumps(found.tree(), indent=1, ensure_ascii=False))
@@ -56,8 +58,10 @@ def _show(found: Any, console: Any) -> None:
         if rows:
             _table(console, title, [(n, f"{c:,}", f"{s:.1%}") for n, c, s in rows])
 
-    facts = [(name, _fact(value)) for name, value in found.facts.items() if _fact(value)]
+    facts = [(name, text) for name, value in _facts(found) if (text := _fact(value))]
     _table(console, f"{found.kind} {found.url}", facts)
+    if command := found.facts.get("command"):
+        click.echo(f"begun with: {command}\n")
     for name, counts in found.counts.items():
         if counts:
             _table(console, f"pass {name}", [(reason, f"{number:,}") for reason, number in sorted(counts.items())])
@@ -81,6 +85,22 @@ def _show(found: Any, console: Any) -> None:
         table(title, bin_names(WORDS), captions.words, trim=True)
     table("licences", list(stats.licences), list(stats.licences.values()))
     table("classes", list(stats.classes), list(stats.classes.values()))
+
+
+def _facts(found: Any) -> Iterator[tuple[str, Any]]:
+    """A stage's settings one by one, by the names of the options that give them."""
+    from data.commands.begun import shown_settings
+
+    for name, value in found.facts.items():
+        if name == "command":  # told by itself: a table would cut it
+            continue
+        if name == "settings":
+            for key, one in value.items():
+                yield from shown_settings(found.kind, key, one)
+        elif name == "given_up":
+            yield name, sum(map(len, value.values()))
+        else:
+            yield name, value
 
 
 def _fact(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Encode: what frozen networks make of images and captions, once and ahead of training, as columns beside the samples.
 
-One item is a shard; its parts are sidecars (data.encode.columns). The networks are handed in, as functions that load them in
-each worker: this package knows no model.
+The parts of an item are sidecars (data.encode.columns), of a shard one or several. The networks are handed in, as functions
+that load them in each worker: this package knows no model.
 """
 
 from collections import Counter, deque
@@ -30,12 +30,12 @@ from data.encode.columns import (
     write_sidecar,
 )
 from data.images import ImageError, read_image
-from data.mdsbuild.sidecars import Sidecar, read_captions
-from data.provenance import public_url
+from data.mdsbuild.sidecars import Sidecar, captions_files, read_captions
 from data.stages.runner import PART_SAMPLES, Part, Pass, Stage, Work
 from data.stages.samples import Row, Samples, Shard, open_samples, read_shard, shard_rows
-from data.stages.store import SUMMARY, Json, StageStore, read_stage
+from data.stages.store import Json
 from data.transforms import training_image
+from data.urls import public_url
 from trainer.errors import UserError
 
 PASS = "encode"
@@ -79,6 +79,7 @@ class _Sample:
 
 class Encode(Stage):
     name: ClassVar[str] = "encode"
+    version: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -95,7 +96,8 @@ class Encode(Stage):
             captions: outputs of `recaption`, whose captions are encoded beside the samples' own.
 
         Raises:
-            UserError: two columns of one name; or the source or captions are not there or not finished.
+            UserError: two columns of one name; the source or captions are not there or not finished; or the captions are
+                those of other samples.
         """
         self.source, self.latents, self.text = source, dict(latents or {}), dict(text or {})
         self.captions = tuple(captions)
@@ -104,8 +106,7 @@ class Encode(Stage):
             if name in self.text or (name in self.latents and name in (KEY, CONTENT)):
                 raise UserError(f"--name: {name} is taken by another column; name it otherwise")
         self.samples: Samples = open_samples(source)
-        for url in captions:
-            _check_captions(url)
+        self._more_captions = captions_files(self.samples, [Sidecar(url) for url in captions])
         self._encode_images: dict[str, EncodeImages] = {}
         self._encode_captions: dict[str, EncodeCaptions] = {}
 
@@ -117,15 +118,13 @@ class Encode(Stage):
     def settings(self) -> dict[str, Json]:
         return {
             "source": public_url(self.source),
+            "made_of": list(self.samples.ids),
             "columns": {name: column.model_dump(mode="json") for name, column in self.columns.items()},
             "captions": [public_url(url) for url in self.captions],
         }
 
     def passes(self) -> Sequence[Pass]:
-        return (Pass(PASS, self._items, self._parts),)
-
-    def _items(self, _store: StageStore) -> list[Json]:
-        return [{"name": shard.name, "shard": vars(shard)} for shard in self.samples.shards()]
+        return (Pass(PASS, lambda _store: self.samples.items(), self._parts),)
 
     def open(self) -> None:
         cv2.setNumThreads(0)  # 0 is OpenCV's word for none but the caller's
@@ -135,16 +134,18 @@ class Encode(Stage):
     # ------------------------------------------------------------------------------------------------------------ parts
 
     def _parts(self, work: Work) -> Iterator[Part]:
-        shard = Shard(**work.item["shard"])
-        done = int(work.cursor or 0)
-        samples = islice(self._samples(shard, work), done, None)
-        while chunk := self._chunk(samples):
-            part = self._part(chunk, work)
-            done += len(chunk)
-            yield Part(part.files, part.counts, cursor=done)
+        """Of each shard one or several. The cursor: shards that are done, and samples of the next that are."""
+        begun, done = work.cursor or (0, 0)
+        for number, shard in enumerate(self.samples.shards_of(work.item)[begun:], begun):
+            samples = islice(self._samples(shard, work), done, None)
+            while chunk := self._chunk(samples):
+                part = self._part(chunk, work)
+                done += len(chunk)
+                yield Part(part.files, part.counts, cursor=[number, done], note=shard.note)
+            done = 0
 
     def _samples(self, shard: Shard, work: Work) -> Iterator[_Sample]:
-        more = read_captions([Sidecar(url) for url in self.captions], shard.name, work.scratch)
+        more = read_captions(self._more_captions, shard, work.scratch)
         if self.latents:
             rows: Iterator[tuple[Row, bytes]] = read_shard(self.samples, shard, work)
         else:
@@ -285,17 +286,3 @@ def _pixels(sample: _Sample, job: LatentsJob) -> NDArray[np.uint8]:
     margin = DECODE_MARGIN[column.decode]
     size = column.buckets[nearest(row.width, row.height, job.aspects)] if column.buckets else (column.resolution,) * 2
     return training_image(read_image(sample.image, min_side=margin and margin * min(size)), (size[0], size[1]))
-
-
-def _check_captions(url: str) -> None:
-    """
-    Raises:
-        UserError: not the output of `recaption`, or not finished.
-    """
-    store = StageStore(url)
-    if (stage := read_stage(store)["stage"]) != "recaption":
-        raise UserError(f"--captions: {public_url(url)} is the output of `{stage}`; give that of `recaption`")
-    if not store.exists(SUMMARY):
-        raise UserError(
-            f"--captions: `loupe data recaption` is not finished at {public_url(url)}; run it again, it goes on"
-        )

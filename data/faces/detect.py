@@ -6,6 +6,7 @@ image.
 
 import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class DetectorSpec:
             UserError: there is no such detector, or it does not take these weights or options.
         """
         factory = _factory(self.name)
+        _check_options(self.name, factory, self.options)
         try:
             detector: Detector = factory(Path(self.weights) if self.weights else None, **self.options)
         except UserError:
@@ -118,10 +120,16 @@ class YuNet:
         max_enlarge: float = 1.0,
         overlap: float = 0.3,
     ) -> None:
+        _check_between("min_score", min_score, 0, 1)
+        _check_between("overlap", overlap, 0, 1)
+        _check_between("max_enlarge", max_enlarge, 0, 16)
+        if not isinstance(long_sides, list | tuple) or not long_sides:
+            raise UserError(f"--detector-option long_sides={long_sides}: write a list of pixels, such as [320,1024]")
+        for side in long_sides:
+            if not isinstance(side, int) or not 32 <= side <= 4096:
+                raise UserError(f"--detector-option long_sides: {side!r} is no whole number of pixels from 32 to 4096")
         if weights is None:
             raise UserError("--weights: YuNet needs its weights, an ONNX file of OpenCV's model zoo")
-        if not 0 < min_score < 1 or not long_sides or not all(32 <= side <= 4096 for side in long_sides):
-            raise UserError("--detector-option: min_score is between 0 and 1, long_sides between 32 and 4096 pixels")
         if weights.stat().st_size > MAX_WEIGHTS_BYTES:
             raise UserError(f"--weights {weights}: larger than the {MAX_WEIGHTS_BYTES} bytes that weights may have")
         network = np.frombuffer(weights.read_bytes(), dtype=np.uint8)
@@ -160,6 +168,11 @@ class YuNet:
         return boxes_N5
 
 
+def _check_between(option: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        raise UserError(f"--detector-option {option}={value}: is no number between {low} and {high}")
+
+
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
     """It warns of targets that nobody asked for, and prints what it raises."""
@@ -175,6 +188,28 @@ def _round_up(side: int) -> int:
 
 
 DETECTORS: dict[str, Callable[..., Detector]] = {"yunet": YuNet}
+
+
+def _written(value: object) -> str:
+    """As a command line gives it."""
+    return json.dumps(value, default=str, separators=(",", ":"))
+
+
+def _check_options(name: str, factory: Callable[..., Detector], options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: an option that the detector's factory does not have.
+    """
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())[1:]  # behind the weights
+    except (TypeError, ValueError):  # one written in another language, which does not tell
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    if unknown := [option for option in options if option not in {p.name for p in known}]:
+        have = ", ".join(p.name if p.default is p.empty else f"{p.name}={_written(p.default)}" for p in known) or "none"
+        raise UserError(f"--detector-option {unknown[0]}: {name} has no such option; it has {have}")
 
 
 def _factory(name: str) -> Callable[..., Detector]:

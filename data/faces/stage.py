@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +20,22 @@ from data.faces import audit
 from data.faces.blur import blur_faces
 from data.faces.detect import Detector, DetectorSpec
 from data.images import ImageError, encode_image, read_image
-from data.provenance import public_url
-from data.stages.runner import Part, Pass, Stage, Work, done_receipts
-from data.stages.samples import Row, SampleWriter, Shard, fetch, open_samples, read_shard
+from data.stages.receipts import done_receipts
+from data.stages.runner import Part, Pass, Stage, Work
+from data.stages.samples import (
+    Row,
+    Samples,
+    SampleWriter,
+    Shard,
+    fetch,
+    open_samples,
+    parts_by_shard,
+    read_shard,
+    shards_left,
+)
 from data.stages.store import Json, StageStore
 from data.storage import Storage
+from data.urls import public_url
 
 AUDIT = "audit.png"
 NOTICES = "notices"
@@ -40,6 +52,7 @@ class Faces(Stage):
     """Images without faces keep their bytes. The others are encoded anew in their format: upright, in sRGB, without EXIF."""
 
     name: ClassVar[str] = "faces"
+    version: ClassVar[int] = 2
 
     url: str
     """Output of `ingest` or `faces`."""
@@ -59,9 +72,14 @@ class Faces(Stage):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_detect": None}
 
+    @cached_property
+    def samples(self) -> Samples:
+        return open_samples(self.url)
+
     def settings(self) -> dict[str, Json]:
         return {
             "input": public_url(self.url),
+            "made_of": list(self.samples.ids),
             "detector": self.detector.settings(),
             "cells": self.cells,
             "margin": self.margin,
@@ -70,28 +88,32 @@ class Faces(Stage):
         }
 
     def passes(self) -> Sequence[Pass]:
-        return [Pass("faces", self._items, self._parts)]
+        return [
+            Pass(
+                "faces",
+                lambda _store: self.samples.items(),
+                self._parts,
+                spares=True,
+                left=lambda item, receipts: shards_left(self.samples, item, receipts),
+            )
+        ]
 
     def open(self) -> None:
         cv2.setNumThreads(1)  # of each worker; there are as many workers as cores
         self._detect = self.detector.make()
 
-    def _items(self, _store: StageStore) -> list[Json]:
-        samples = open_samples(self.url)
-        return [{"name": shard.name, "shard": vars(shard)} for shard in samples.shards()]
-
     def _parts(self, work: Work) -> Iterator[Part]:
-        """One: a shard has no more samples than a part may."""
-        if work.cursor is not None:
-            return
-        shard = Shard(**work.item["shard"])
+        """One for each shard, which has no more samples than a part may."""
+        return parts_by_shard(self.samples, "faces", work, lambda shard: self._of_shard(shard, work))
+
+    def _of_shard(self, shard: Shard, work: Work) -> tuple[dict[str, Path], Counter[str]]:
         writer, strip, counts = (
             SampleWriter(work.scratch),
             audit.Strip(self.seed),
             Counter(read=0, kept=0, blurred=0, faces=0),
         )
         found: dict[str, list[Any]] = {name: [] for name in BOXES.names}
-        for row, data in read_shard(open_samples(self.url), shard, work):
+        for row, data in read_shard(self.samples, shard, work):
             counts["read"] += 1
             try:
                 new_row, new_data, boxes_N5, blurred_HWC = self._blurred(row, data)
@@ -114,7 +136,7 @@ class Faces(Stage):
         if image_HWC is not None:
             files["audit"] = work.scratch / "audit.png"
             files["audit"].write_bytes(encode_image(image_HWC, "png", 100))
-        yield Part(files, counts, cursor="end")
+        return files, counts
 
     def _blurred(
         self, row: Row, data: bytes
@@ -150,7 +172,8 @@ class Faces(Stage):
             counts.update(receipt["counts"])
             for part in receipt["parts"]:
                 if "audit" in part["files"]:
-                    strips.append((audit.draw(self.seed, receipt["item"]), receipt["item"], part["files"]["audit"]))
+                    shard = part["note"]["shard"]
+                    strips.append((audit.draw(self.seed, shard), shard, part["files"]["audit"]))
             if len(strips) > 10_000:
                 strips = _first(strips)
         with tempfile.TemporaryDirectory(prefix="loupe-faces-") as folder:

@@ -1,23 +1,23 @@
 """What the user names, as work: single tars, manifests and folders."""
 
-import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import fsspec
 
-from data.ingest.ranges import READ_DEADLINE_S, filesystem, is_local, within
+from data.ingest.ranges import SOURCE_DEADLINE_S, filesystem, is_local
+from data.ingest.tars import refuse_compressed
 from data.source import METADATA, is_notice
-from data.storage import with_retries
+from data.storage import ask
+from data.urls import holds_credentials, public_url
 from trainer.errors import UserError
 
 LAYOUTS = ("auto", "tars", "manifest", "images", "metadata", "texts", "classes")
 """`images`: which of the three that follow is found out."""
 _MANIFESTS = (".parquet", ".jsonl", ".ndjson")
-_SECRET = re.compile(r"signature|credential|token|secret|password|^sig$|^key$|accesskey", re.IGNORECASE)
+_PACKED_TARS = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 Unit = dict[str, Any]
 
@@ -29,10 +29,10 @@ def check_sources(sources: Sequence[str], out: str) -> None:
     """
     out_fs, out_path = filesystem(out)
     for source in sources:
-        parts = urlsplit(source)
-        if parts.scheme and (parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query))):
-            raise UserError(f"{parts.scheme}://{parts.hostname}{parts.path}: the URL holds credentials, which would be written "
-                            "down; give them by the environment")  # fmt: skip
+        if holds_credentials(source):
+            raise UserError(
+                f"{public_url(source)}: the URL holds credentials, which would be written down; give them by the environment"
+            )
         fs, path = filesystem(source)
         if type(fs) is type(out_fs) and f"{out_path.rstrip('/')}/".startswith(f"{path.rstrip('/')}/"):
             raise UserError(f"{out}: lies in the source {source}; name a folder elsewhere")
@@ -74,7 +74,9 @@ def _look(source: str, layout: str) -> tuple[str, list[Unit], list[str]]:
         files = sorted((info for info in found.values() if info["type"] == "file"), key=lambda info: str(info["name"]))
         if not files:
             raise UserError(f"{source}: matches nothing")
-        return _kind_of([str(info["name"]) for info in files], source, layout), _urls(fs, files), []
+        names = [str(info["name"]) for info in files]
+        _refuse_packed(fs, [name for name in names if not name.lower().endswith((".tar", *_MANIFESTS))], source)
+        return _kind_of(names, source, layout), _urls(fs, files), []
     suffix = PurePosixPath(path).suffix.lower()
     if suffix == ".tar" or suffix in _MANIFESTS or (layout in ("tars", "manifest") and suffix):
         try:
@@ -94,6 +96,10 @@ def _look_into(fs: fsspec.AbstractFileSystem, source: str, path: str, layout: st
         raise UserError(f"{source}: no such folder; give tars, manifests, or a folder of images") from None
     files = sorted((info for info in infos if info["type"] == "file"), key=lambda info: str(info["name"]))
     by_name = {str(info["name"]).rpartition("/")[2]: info for info in files}
+    if [str(info["name"]).rstrip("/") for info in infos] == [path.rstrip("/")]:  # a file lists itself
+        _refuse_packed(fs, [path], source)
+    # Beside others they would be left out unseen.
+    _refuse_packed(fs, [str(i["name"]) for name, i in by_name.items() if name.lower().endswith(_PACKED_TARS)], source)
     notices = [name for name in by_name if is_notice(name)]
     tars = [info for name, info in by_name.items() if name.lower().endswith(".tar")]
     # img2dataset leaves a parquet beside each tar: where there are tars, they are what is meant.
@@ -109,6 +115,18 @@ def _look_into(fs: fsspec.AbstractFileSystem, source: str, path: str, layout: st
             raise UserError(f"{source}: no {', '.join(_MANIFESTS)} in it")
         return "manifest", _urls(fs, manifests), notices
     return "folder", [], notices
+
+
+def _refuse_packed(fs: fsspec.AbstractFileSystem, names: Sequence[str], source: str) -> None:
+    """
+    Raises:
+        UserError: the first of these files is compressed.
+    """
+    if not names:
+        return
+    head = ask(lambda: bytes(fs.cat_file(names[0], start=0, end=6)), names[0])
+    name = names[0].rpartition("/")[2]
+    refuse_compressed(head, source if source.endswith(name) else f"{source}: {name}")
 
 
 def _kind_of(names: Sequence[str], source: str, layout: str) -> str:
@@ -135,14 +153,13 @@ def _urls(fs: fsspec.AbstractFileSystem, infos: Sequence[Any], beside: dict[str,
 
 
 def _listed(fs: fsspec.AbstractFileSystem, source: str, call: Callable[[], Any]) -> Any:
-    def attempt(deadline: float) -> Any:
+    def look() -> Any:
         try:
-            return within(call, deadline - time.monotonic(), f"list {source}")
+            return call()
         except NotADirectoryError:
             raise FileNotFoundError(source) from None
 
-    # Listing is paged: a deadline for one answer would be too short for a million names.
-    return with_retries(attempt, source, 12 * READ_DEADLINE_S)
+    return ask(look, source, deadline_s=SOURCE_DEADLINE_S, verb="listed")
 
 
 def _stem(url: str) -> str:

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from data.ahead import in_order
 from data.images import ImageError
 from data.ingest.examine import Filters, Found, PartWriter
-from data.ingest.fetch import public_url
 from data.ingest.ranges import TooLarge, filesystem, is_local, read_object
 from data.source import METADATA, Listed, clean, list_images, words
 from data.stages.runner import PART_SAMPLES, Part, Work
 from data.stages.samples import MAX_INDEX_BYTES, fetch
 from data.stages.store import Json
+from data.urls import public_source, public_url
 from trainer.errors import UserError
 
 SLICE_FILES = PART_SAMPLES
@@ -37,15 +37,15 @@ _ENTRIES = pa.schema(
 )  # fmt: skip
 
 
-def list_folder(work: Work, layout: str, cursor: Json) -> Iterator[Part]:
+def list_folder(work: Work, layout: str, cursor: Json, *, uncaptioned: bool) -> Iterator[Part]:
     """A folder's images: files with the role `entries`. The cursor is the next image."""
     begin = cursor["image"] if cursor else 0
-    listing = list_images(work.item["url"], _LAYOUTS.get(layout))
+    listing = list_images(work.item["url"], _LAYOUTS.get(layout), uncaptioned=uncaptioned)
     if begin and (begin > len(listing.images) or listing.images[begin - 1].key != cursor["key"]):
         raise UserError(
             f"{work.item['url']}: has changed since its first {begin} images were listed; begin anew in another folder"
         )
-    first = {"merged_rows": listing.merged_rows, "left_out": listing.left_out}
+    first = {"merged_rows": listing.merged_rows, "left_out": listing.left_out, "no_row": len(listing.no_row)}
     while begin < len(listing.images):
         some = listing.images[begin : begin + _LISTED_AT_ONCE]
         counts = {"listed": len(some), **({k: v for k, v in first.items() if v} if begin == 0 else {})}
@@ -61,7 +61,7 @@ def _entry(image: Listed) -> dict[str, Any]:
     return {
         "key": image.key, "file": image.file, "captions": list(image.captions), "text": image.text,
         "class_name": None if image.label is None else str(image.label), "note": image.note,
-        "licence": image.licence, "source": public_url(image.source) if image.source else None,
+        "licence": image.licence, "source": public_source(image.source) if image.source else None,
     }  # fmt: skip
 
 

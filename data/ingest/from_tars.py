@@ -1,18 +1,21 @@
-"""Parts of a WebDataset tar."""
+"""Parts of WebDataset tars."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.images import ImageError
 from data.ingest.examine import Filters, Found, PartWriter
-from data.ingest.fetch import public_url
-from data.ingest.ranges import RangeReader, filesystem, read_object
+from data.ingest.ranges import RangeReader, TooLarge, filesystem, read_object
 from data.ingest.tars import TarSample, read_samples
 from data.source import clean, first_text, words
-from data.stages.runner import PART_SAMPLES, Part, Work, part_receipts
+from data.stages.receipts import part_receipts
+from data.stages.runner import PART_SAMPLES, Part, Work
 from data.stages.samples import MAX_INDEX_BYTES, fetch, read_index
+from data.stages.spared import spared
 from data.stages.store import Json
+from data.urls import public_source, public_url
+from trainer.errors import UserError
 
 PART_BYTES = 1 << 30
 """Of images, after which a part ends early: it lies on the worker's disk until it is published."""
@@ -21,28 +24,59 @@ _CAPTIONS, _LICENCE, _SOURCE = ("caption", "captions", "text"), ("licence", "lic
 
 
 def tar_parts(work: Work, filters: Filters, class_words: Mapping[str, str]) -> Iterator[Part]:
-    """The cursor is the offset of the next sample: who goes on begins to read there."""
-    item = work.item
-    cursor = work.cursor or {"offset": 0, "done": False}
+    """Of each tar of the item its own. The cursor is the tar's number in the item and the offset of its next sample: who goes
+    on begins to read there.
+
+    Raises:
+        Exception: one of the tars is none, or cannot be read, or not now. The others are done first (see `spared`).
+    """
+    earlier = part_receipts(work.store, "ingest", work.item["name"])[: work.part]
+
+    def parts(number: int, tar: Json) -> Iterator[Part]:
+        own = [receipt for receipt in earlier if receipt["cursor"]["tar"] == number]
+        return _parts_of_tar(work, tar, number, own, filters, class_words)
+
+    return spared((parts(number, tar) for number, tar in enumerate(work.item["tars"])), "tars")
+
+
+def tars_left(item: Json, receipts: Sequence[Json]) -> dict[str, int]:
+    """Of an item that is not done to its end."""
+    return {"tars": len(item["tars"]) - sum(receipt["cursor"]["done"] for receipt in receipts)}
+
+
+def _parts_of_tar(
+    work: Work, item: Json, number: int, earlier: list[Json], filters: Filters, class_words: Mapping[str, str]
+) -> Iterator[Part]:
+    """
+    Args:
+        item: the tar, as it was listed.
+        earlier: receipts of its parts.
+    """
+    cursor = earlier[-1]["cursor"] if earlier else {"offset": 0, "done": False}
     if cursor["done"]:
         return
-    earlier = part_receipts(work.store, "ingest", item["name"])[: work.part]
     num_read = sum(receipt["counts"].get("read", 0) for receipt in earlier)
     keys = _kept_keys(work, earlier)
     tar = RangeReader(item["url"], num_bytes=item["bytes"])
-    part = PartWriter(work.scratch, filters)
-    for sample in read_samples(tar, cursor["offset"], max_image_bytes=filters.max_image_bytes):
-        _take(part, sample, item, keys, class_words)
-        num_read += 1
-        work.advance()
+    part, offset = PartWriter(work.scratch, filters), cursor["offset"]
+    for sample in read_samples(tar, offset, max_image_bytes=filters.max_image_bytes):
         if part.read >= PART_SAMPLES or part.num_bytes >= PART_BYTES:
-            yield part.close({"offset": sample.next, "done": False})
+            yield part.close({"tar": number, "offset": offset, "done": False})
             part = PartWriter(work.scratch, filters)
-    if (missing := _promised(item) - num_read) > 0:
+        _take(part, sample, item, keys, class_words)
+        num_read, offset = num_read + 1, sample.next
+        work.advance()
+    try:
+        missing = _promised(item) - num_read
+    except Exception:  # of whatever kind: it costs nothing that has been read
+        if part.read:
+            yield part.close({"tar": number, "offset": tar.size, "done": False})
+        raise
+    if missing > 0:
         name = item["stats"].rpartition("/")[2]
         part.reject(item["prefix"], ImageError("missing_from_tar", f"{name} promises {missing} more"), samples=missing)
-    if part.read:
-        yield part.close({"offset": tar.size, "done": True})
+    # Also where there is nothing to say: what has no such part is not done.
+    yield part.close({"tar": number, "offset": tar.size, "done": True})
 
 
 def _kept_keys(work: Work, receipts: list[Json]) -> set[str]:
@@ -87,9 +121,10 @@ def _found(sample: TarSample, item: Json, class_words: Mapping[str, str]) -> Fou
     captions = captions or _captions(about)
     if not captions and class_name is not None:
         captions = (class_words.get(class_name, words(class_name)),)
-    source = first_text(about, _SOURCE, 4096)
+    told = first_text(about, _SOURCE, 4096)
+    source = public_source(told) if told else public_url(item["url"])
     return Found(
-        captions, class_name, first_text(about, _LICENCE), public_url(source or item["url"]), note or "neither .txt nor .json"
+        captions, class_name, first_text(about, _LICENCE), source, note or "neither .txt nor .json"
     )  # fmt: skip
 
 
@@ -103,11 +138,24 @@ def _captions(about: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _promised(item: Json) -> int:
-    """Samples that img2dataset says it has put into the tar; 0 where it says nothing."""
+    """Samples that img2dataset says it has put into the tar; 0 where it says nothing.
+
+    Raises:
+        UserError: what says it has gone, is too large, or access is denied.
+        StorageError: storage fails for longer than the deadline.
+    """
     if "stats" not in item:
         return 0
     try:
-        stats = json.loads(read_object(*filesystem(item["stats"]), _MAX_STATS_BYTES))
+        data = read_object(*filesystem(item["stats"]), _MAX_STATS_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{item['stats']}: has gone since it was listed; put it back") from None
+    except TooLarge as e:
+        raise UserError(
+            f"{item['stats']}: {e}; is it img2dataset's? rename it, and begin anew in another folder"
+        ) from None
+    try:
+        stats = json.loads(data)
     except (ValueError, RecursionError):
         return 0
     promised = stats.get("successes") if isinstance(stats, dict) else None

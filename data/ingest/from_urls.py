@@ -1,6 +1,6 @@
 """Parts of a slice of a manifest: images by URL."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,17 +9,23 @@ from urllib.parse import unquote, urlsplit
 
 from data.images import ImageError
 from data.ingest.examine import Filters, Found, PartWriter
-from data.ingest.fetch import Fetcher, FetchError, FetchLimits, public_url
+from data.ingest.fetch import Fetcher, FetchError, FetchLimits
 from data.ingest.from_folders import read_image_file
 from data.ingest.manifests import Columns, ManifestRow, read_slice
 from data.ingest.ranges import filesystem, is_local
+from data.stages.receipts import part_receipts
 from data.stages.runner import PART_SAMPLES, Part, Work
+from data.stages.spared import spared
+from data.stages.store import Json
 from data.storage import StorageError
+from data.urls import public_source
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "hf")
 """The only protocols beside http and https that a list of URLs may name: fsspec knows others that reach anywhere."""
 
 SILENT_HOSTS = 20
+STUCK_OBJECTS = 3
+"""Of a part, that storage may fail to give for its whole deadline, each counted; of more, it is storage that fails."""
 
 
 @dataclass(frozen=True)
@@ -34,36 +40,54 @@ class UrlOptions:
 
 
 def url_parts(work: Work, columns: Columns, filters: Filters, options: UrlOptions) -> Iterator[Part]:
-    """The cursor is the next row of the slice."""
+    """Of every 1,000 rows of the slice their own. The cursor is the row behind them.
+
+    Raises:
+        Exception: some rows cannot be done, or not now. The others are done first (see `spared`).
+    """
     item = work.item
-    begin = work.cursor["row"] if work.cursor else 0
-    if begin >= item["slice"]["rows"]:
+    done = {receipt["cursor"]["row"] for receipt in part_receipts(work.store, "ingest", item["name"])[: work.part]}
+    if len(done) == -(-item["slice"]["rows"] // PART_SAMPLES):
         return
     rows = read_slice(item["url"], item["bytes"], item["slice"], columns)
+    ends = [min(begin + PART_SAMPLES, len(rows)) for begin in range(0, len(rows), PART_SAMPLES)]
     with ExitStack() as stack:
         limits = FetchLimits(
             filters.max_image_bytes, options.per_host, options.connections, options.timeout_s, attempts=options.attempts,
             allow_private=options.allow_private,
         )  # fmt: skip
         getter = _Getter(stack, limits, item["url"], options)
-        while begin < len(rows):
-            some = rows[begin : begin + PART_SAMPLES]
-            begin += len(some)
-            part = PartWriter(work.scratch, filters)
-            # All of a part at once: a slow host then holds up its own images only.
-            futures = [getter.submit(row, work.scratch / f"{i:04d}.fetched") for i, row in enumerate(some)]
-            try:
-                for i, (row, future) in enumerate(zip(some, futures, strict=True)):
-                    while not future.done():
-                        wait([future], timeout=1.0)
-                        work.advance(0)
-                    _take(part, row, future, work.scratch / f"{i:04d}.fetched", f"{item['prefix']}/{row.number:09d}")
-                    work.advance()
-            finally:
-                for future in futures:
-                    future.cancel()
-            getter.check_network()
-            yield part.close({"row": begin})
+        yield from spared(
+            (_part(work, rows, end, getter, filters) for end in ends if end not in done), "parts of 1,000 rows"
+        )
+
+
+def rows_left(item: Json, receipts: Sequence[Json]) -> dict[str, int]:
+    """Of an item that is not done to its end."""
+    return {"samples": item["slice"]["rows"] - sum(receipt["counts"]["read"] for receipt in receipts)}
+
+
+def _part(work: Work, rows: Sequence[ManifestRow], end: int, getter: "_Getter", filters: Filters) -> Iterator[Part]:
+    """The part that ends before row `end`."""
+    some = rows[(end - 1) // PART_SAMPLES * PART_SAMPLES : end]
+    part = PartWriter(work.scratch, filters)
+    # By the row, as one that was left behind with another part may land late.
+    files = [work.scratch / f"{row.number}.fetched" for row in some]
+    # All of a part at once: a slow host then holds up its own images only.
+    futures = [getter.submit(row, file) for row, file in zip(some, files, strict=True)]
+    try:
+        for row, file, future in zip(some, files, futures, strict=True):
+            while not future.done():
+                wait([future], timeout=1.0)
+                work.advance(0)
+            _take(part, row, future, file, f"{work.item['prefix']}/{row.number:09d}")
+            work.advance()
+    finally:
+        for file, future in zip(files, futures, strict=True):
+            future.cancel()
+            file.unlink(missing_ok=True)
+    getter.check_network()
+    yield part.close({"row": end})
 
 
 def _take(part: PartWriter, row: ManifestRow, future: "Future[None]", file: Path, key: str) -> None:
@@ -72,9 +96,14 @@ def _take(part: PartWriter, row: ManifestRow, future: "Future[None]", file: Path
     except ImageError as e:
         part.reject(key, e)
         return
+    except StorageError:
+        if part.counts["rejected/storage_failed"] == STUCK_OBJECTS:
+            raise
+        part.reject(key, ImageError("storage_failed", "storage did not give it within its deadline"))
+        return
     image = file.read_bytes()
     file.unlink()
-    part.take(key, image, Found(row.captions, None, row.licence, public_url(row.url)))
+    part.take(key, image, Found(row.captions, None, row.licence, public_source(row.url)))
 
 
 class _Getter:

@@ -3,7 +3,6 @@
 The list is not copied: its URLs may hold credentials. It must stay as it is until the stage is done.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.images import ImageError
-from data.ingest.ranges import READ_DEADLINE_S, RangeReader, filesystem, within
+from data.ingest.ranges import RangeReader, filesystem
 from data.source import clean, first_text, parse_row
-from data.storage import with_retries
+from data.storage import ask
 from trainer.errors import UserError, one_line
 
 SLICE_ROWS = 10_000
@@ -23,6 +22,8 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "TEXT", "CAPTION")
 LICENCE_COLUMNS = ("licence", "license", "LICENSE")
 _MAX_LINE_BYTES = 1 << 20
 _MAX_URL_CHARACTERS = 8192
+_SLICE_DEADLINE_S = 900.0
+"""For a slice, of whose row group much may have to be read first."""
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,12 @@ def _opened(url: str) -> Any:
 
 
 def _with_deadline(call: Any, url: str) -> Any:
-    def attempt(deadline: float) -> Any:
+    def read() -> Any:
         try:
-            return within(call, deadline - time.monotonic(), f"read {url}")
+            return call()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
             raise UserError(f"{url}: cannot be read as parquet ({one_line(e)})") from None
         except FileNotFoundError:
             raise UserError(f"{url}: no such file; was it moved?") from None
 
-    return with_retries(attempt, url, READ_DEADLINE_S)
+    return ask(read, url, deadline_s=_SLICE_DEADLINE_S)

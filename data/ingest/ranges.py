@@ -1,24 +1,22 @@
 """Files at any fsspec URL, read forwards: in bounded memory, by ranges asked for ahead, with a deadline on every wait."""
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from data.storage import StorageError, with_retries
+from data.deadlines import Call
+from data.storage import StorageError, ask
 from trainer.errors import UserError, one_line
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 RANGE_BYTES = 8 << 20
 READ_DEADLINE_S = 300.0
 """For one range or one small file, all attempts together."""
+SOURCE_DEADLINE_S = 3600.0
+"""For a listing of what the user names: it may be of millions of files, and comes by pages of a thousand."""
 
 
 class TooLarge(Exception):
@@ -42,30 +40,6 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
-def within(call: Callable[[], T], seconds: float, what: str) -> T:
-    """`call()` by a thread of its own, because a read that hangs cannot be interrupted, only left behind.
-
-    Raises:
-        TimeoutError: it has not returned in time.
-    """
-    answers: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(1)
-
-    def work() -> None:
-        try:
-            answers.put((call(), None))
-        except BaseException as e:  # raised again by who waits
-            answers.put((None, e))
-
-    threading.Thread(target=work, name=what, daemon=True).start()
-    try:
-        value, error = answers.get(timeout=max(0.0, seconds))
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
-
-
 def read_object(fs: fsspec.AbstractFileSystem, path: str, max_bytes: int, deadline_s: float = READ_DEADLINE_S) -> bytes:
     """A whole small file, which is not read where it is larger than allowed.
 
@@ -76,25 +50,19 @@ def read_object(fs: fsspec.AbstractFileSystem, path: str, max_bytes: int, deadli
         StorageError: storage fails for longer than the deadline.
     """
 
-    def read() -> bytes:
+    def read() -> bytes | TooLarge:
         size = fs.info(path)["size"]
         if size is not None and size > max_bytes:
-            raise TooLarge(f"{size} bytes, more than {max_bytes}")
+            return TooLarge(f"{size} bytes, more than {max_bytes}")
         with fs.open(path, "rb") as file:
             data: bytes = file.read(max_bytes + 1)
         if len(data) > max_bytes:
-            raise TooLarge(f"more than {max_bytes} bytes")
+            return TooLarge(f"more than {max_bytes} bytes")
         if size is not None and len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes arrived")
         return data
 
-    def attempt(deadline: float) -> bytes | TooLarge:
-        try:
-            return within(read, deadline - time.monotonic(), f"read {path}")
-        except TooLarge as e:  # not to be tried again
-            return e
-
-    data = with_retries(attempt, path, deadline_s)
+    data = ask(read, path, deadline_s=deadline_s)
     if isinstance(data, TooLarge):
         raise data
     return data
@@ -103,7 +71,7 @@ def read_object(fs: fsspec.AbstractFileSystem, path: str, max_bytes: int, deadli
 class _Range(NamedTuple):
     start: int
     end: int
-    answer: "queue.Queue[bytes | BaseException]"
+    answer: Call[bytes]
 
 
 class RangeReader:
@@ -134,11 +102,8 @@ class RangeReader:
         self._ahead: _Range | None = None
 
     def _find_size(self) -> int:
-        def attempt(deadline: float) -> Any:
-            return within(lambda: self._fs.info(self._path)["size"], deadline - time.monotonic(), f"size of {self.url}")
-
         try:
-            size = with_retries(attempt, self.url, self._deadline_s)
+            size = ask(lambda: self._fs.info(self._path)["size"], self.url, deadline_s=self._deadline_s)
         except FileNotFoundError:
             raise UserError(f"{self.url}: no such file; was it moved?") from None
         if not isinstance(size, int):
@@ -181,32 +146,25 @@ class RangeReader:
         if wanted is None or not wanted.start <= offset < wanted.end:
             wanted = self._ask(offset)
         try:
-            data = wanted.answer.get(timeout=1.1 * self._deadline_s + 0.5)
-        except queue.Empty:
-            raise StorageError(f"{self.url}: no answer within {self._deadline_s:.0f} s") from None
-        if isinstance(data, FileNotFoundError):
+            # It ends by its own deadline; this is for what does not.
+            data = wanted.answer.wait(time.monotonic() + 1.1 * self._deadline_s + 0.5)
+        except FileNotFoundError:
             raise UserError(f"{self.url}: has gone while it was read; put the file back") from None
-        if isinstance(data, BaseException):
-            raise data
+        except TimeoutError as e:
+            raise StorageError(f"{self.url}: not read within {self._deadline_s:.0f} s ({e})") from e
         self._data, self._start = data, wanted.start
         if wanted.end < self.size:
             self._ahead = self._ask(wanted.end)
 
     def _ask(self, start: int) -> _Range:
-        asked = _Range(start, min(start + self._range_bytes, self.size), queue.Queue(1))
+        end = min(start + self._range_bytes, self.size)
 
-        def attempt(_deadline: float) -> bytes:
-            data: bytes = self._fs.cat_file(self._path, start=asked.start, end=asked.end)
+        def read() -> bytes:
+            data: bytes = self._fs.cat_file(self._path, start=start, end=end)
             # A server that does not know ranges answers with the whole file.
-            if len(data) != asked.end - asked.start:
-                raise OSError(f"{len(data)} bytes came for a range of {asked.end - asked.start}")
+            if len(data) != end - start:
+                raise OSError(f"{len(data)} bytes came for a range of {end - start}")
             return data
 
-        def work() -> None:
-            try:
-                asked.answer.put(with_retries(attempt, self.url, self._deadline_s))
-            except BaseException as e:  # raised again by the reader
-                asked.answer.put(e)
-
-        threading.Thread(target=work, name=f"read {self.url}", daemon=True).start()
-        return asked
+        answer = Call(lambda: ask(read, self.url, deadline_s=self._deadline_s), f"read {self.url}")
+        return _Range(start, end, answer)

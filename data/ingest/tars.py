@@ -28,6 +28,12 @@ _MAX_EXTENSION_BYTES = 1 << 20
 _DATALESS = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _BAD_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\\\\\ud800-\udfff]")
 """Control characters, backslashes, and what was not UTF-8."""
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ", "xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+)
 _MAGIC, _MAGIC_AT = b"ustar", 257
 
 
@@ -133,13 +139,24 @@ def read_samples(tar: RangeReader, offset: int, *, max_image_bytes: int) -> Iter
             return
 
 
-def _check_kind(tar: RangeReader) -> None:
-    head = tar.read(0, _BLOCK)
-    for magic, kind in ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd")):
+def refuse_compressed(head: bytes, where: str) -> None:
+    """
+    Args:
+        head: a file's first bytes, six or more.
+
+    Raises:
+        UserError: it is compressed as a whole.
+    """
+    for magic, kind, tool in _COMPRESSED:
         if head.startswith(magic):
             raise UserError(
-                f"{tar.url}: is compressed with {kind}, so nobody can begin in its midst; unpack it to a .tar"
+                f"{where}: is compressed with {kind}, so nobody can begin in its midst; decompress it first ({tool})"
             )
+
+
+def _check_kind(tar: RangeReader) -> None:
+    head = tar.read(0, _BLOCK)
+    refuse_compressed(head, tar.url)
     try:
         if head.strip(b"\0"):
             _parse(head, 0)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from data.ahead import in_order
 from data.mdsbuild.windows import FETCHERS, SIZES
 from data.schema import LABELS
-from data.stages.runner import Part, Work, done_receipts, sum_counts
+from data.stages.receipts import done_receipts, sum_counts
+from data.stages.runner import Part, Work
 from data.stages.samples import fetch
 from data.stages.store import Json, StageStore
 from data.stats import Statistics

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data import draws
-from data.card import GRID, GRID_COLUMNS, GRID_ROWS, Card, grid
+from data.card import GRID, GRID_COLUMNS, GRID_ROWS, PAGE, README, Card, grid
 from data.mdsbuild.plan import PLAN, Piece, Plan
 from data.mdsbuild.shards import SHARDS, Slices, read_images, shard_writer
 from data.provenance import Record, read_notices, read_record, rejected, trace
-from data.publish import file_details, put_bytes, put_whole, remove
+from data.publish import file_details, put_bytes, put_whole
 from data.schema import (
     DATASET,
     HASH,
@@ -26,7 +26,8 @@ from data.schema import (
     parse_dataset,
     parse_index,
 )
-from data.stages.runner import Part, Work, done_receipts
+from data.stages.receipts import done_receipts
+from data.stages.runner import Part, Work
 from data.stages.samples import fetch
 from data.stages.store import Json, StageStore
 from data.stats import STATS, Statistics
@@ -77,7 +78,7 @@ def publish_parts(work: Work, plan: Plan, source: StageStore, out: Storage, how:
     files = {**card.files(), **read_notices(source.url)}
     files[STATS] = card.stats.model_dump_json(indent=1).encode()
     work.advance(0)
-    remove(out, DATASET)
+    out.delete(DATASET)
     for name, content in files.items():
         put_bytes(out, content, name)
     if card.info.labels:
@@ -90,6 +91,11 @@ def publish_parts(work: Work, plan: Plan, source: StageStore, out: Storage, how:
         "samples": card.info.num_samples,
         "shards": len(shards),
         "bytes": card.num_bytes,
+        "buckets": [
+            {key: b[key] for key in ("name", "samples", "num_shards")} for b in plan.about["buckets"] if b["name"]
+        ],
+        "merged_buckets": plan.about["joined"],
+        "files": sorted(name for name in files if name in (README, PAGE, GRID)),
     }
     yield Part({}, {"kept": card.info.num_samples}, cursor="end", note=note)
 
@@ -193,4 +199,4 @@ def _sweep(out: Storage, before: Mapping[str, int], shards: set[str], files: set
         half = name.startswith(".") and name.endswith(".tmp")
         told = name in (REJECTED, LABELS, GRID) or name.partition(".")[0].upper() in ("NOTICE", "LICENSE", "LICENCE")
         if stale_shard or half or (told and name not in files):
-            remove(out, name)
+            out.delete(name)

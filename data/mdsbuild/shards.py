@@ -5,7 +5,6 @@ to the same name, and nobody can change a shard that an index names.
 """
 
 import json
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ from data.mdsbuild.plan import WINDOWS, Piece, Plan, read_plan
 from data.mdsbuild.windows import MAX_TAR_BYTES, column_role, slice_role
 from data.publish import put_whole
 from data.schema import COLUMNS, HASH
+from data.stages.receipts import file_name
 from data.stages.runner import Part, Work
 from data.stages.samples import fetch
 from data.stages.store import Json, StageStore
-from data.storage import DEADLINE_S, DamagedShard, Storage, with_retries
+from data.storage import DamagedShard, Storage
 
 SHARDS = "shards"
 """The pass."""
@@ -149,14 +149,13 @@ def read_images(source: StageStore, rows: Sequence[dict[str, Any]]) -> Iterator[
     def read(row: dict[str, Any]) -> bytes:
         where = f"{source.url}/{row['tar']}: {row['key']}"
 
-        def attempt(deadline: float) -> bytes:
-            left_s = max(1.0, deadline - time.monotonic())
-            data = source.read_range(row["tar"], row["offset"], row["offset"] + row["size"], deadline_s=left_s)
+        def check(data: bytes) -> None:
             if xxhash.xxh3_128_digest(data) != row["content"]:
-                raise DamagedShard(f"{where}: is not the image that was put there; run the stage that wrote it again")
-            return data
+                raise DamagedShard(f"{where}: is not the image that was put there; {source.mend}")
 
-        return with_retries(attempt, where, DEADLINE_S)
+        return source.read_range(
+            file_name(row["tar"], source.url), row["offset"], row["offset"] + row["size"], check=check
+        )
 
     for row, future in in_order(read, rows, threads=READERS, ahead=READ_AHEAD):
         yield row, future.result()

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.schema import COLUMNS
-from data.stages.samples import MAX_INDEX_BYTES, MAX_TAR_BYTES, fetch
-from data.stages.store import Json, StageStore
+from data.stages.by_shard import PartsByShard
+from data.stages.samples import MAX_INDEX_BYTES, MAX_TAR_BYTES, Samples, Shard, fetch
+from data.stages.store import SUMMARY, Json, StageStore, read_stage
+from data.urls import public_url
 from trainer.errors import UserError
 
 
@@ -39,19 +41,62 @@ def parse_captions_option(text: str) -> Sidecar:
     return Sidecar(url.rstrip("/"), kind)
 
 
-def sidecar_files(store: StageStore, pass_name: str, role: str, shard: str) -> list[Json]:
-    """What a stage made of a shard. It may have been made of what the shard itself was made of, whose name is shorter: keys
-    are the same."""
-    for name in (shard, shard.rpartition("-")[0]):
-        try:
-            receipt = store.read_json(f"work/{pass_name}/done/{name}.json")
-        except FileNotFoundError:
-            continue
-        return [part["files"][role] for part in receipt["parts"] if role in part["files"]]
-    return []
+class SidecarFiles:
+    """A sidecar's files, by the shards of the samples that it is joined to."""
+
+    def __init__(self, samples: Samples, sidecar: Sidecar, stage: str, role: str, option: str) -> None:
+        """
+        Args:
+            stage: that has made it; its pass is called so, too.
+            option: how the user has named it.
+
+        Raises:
+            UserError: it is not that stage's output, not finished, or made of other samples.
+        """
+        self.url, self.kind = sidecar.url, sidecar.kind
+        self._role = role
+        self._level = _level(samples, sidecar.url, stage, option)
+        told = read_stage(StageStore(sidecar.url))["settings"].get({"recaption": "prompts", "encode": "columns"}[stage])
+        self.names: tuple[str, ...] = (sidecar.kind,) if sidecar.kind else tuple(told) if isinstance(told, dict) else ()
+        """Of the captions' kinds or the columns that it was to make of each sample."""
+        self._parts = PartsByShard(sidecar.url, stage)
+
+    def of(self, shard: Shard) -> list[Json]:
+        name = (shard.name, *shard.before)[self._level]
+        return [part["files"][self._role] for part in self._parts.of(name) if self._role in part["files"]]
 
 
-def read_captions(sidecars: Sequence[Sidecar], shard: str, scratch: Path) -> dict[str, dict[str, list[str]]]:
+def _level(samples: Samples, url: str, stage: str, option: str) -> int:
+    """0: the sidecar was made of the samples themselves; 1: of what they were made of; and so on."""
+    store, shown = StageStore(url), public_url(url)
+    about = read_stage(store)
+    if about["stage"] != stage:
+        raise UserError(f"{option}: {shown} is the output of `{about['stage']}`, give that of `{stage}`")
+    if not store.exists(SUMMARY):
+        raise UserError(
+            f"{option}: `loupe data {stage}` is not finished at {shown}; run it again, it goes on where it stopped"
+        )
+    settings = about["settings"]
+    made_of = settings.get("made_of")
+    if not made_of or made_of[0] not in samples.ids:
+        theirs = f"{settings.get('input') or settings.get('source')} (id {(made_of or ['unknown'])[0]})"
+        ours = public_url(samples.url)
+        raise UserError(
+            f"{option}: {shown} was made of {theirs}; {ours} (id {samples.ids[0]}) holds other samples, and none made of "
+            f"those; run `loupe data {stage}` on {ours}"
+        )
+    return samples.ids.index(made_of[0])
+
+
+def captions_files(samples: Samples, sidecars: Sequence[Sidecar]) -> list[SidecarFiles]:
+    return [SidecarFiles(samples, sidecar, "recaption", "captions", "--captions") for sidecar in sidecars]
+
+
+def columns_files(samples: Samples, sidecars: Sequence[Sidecar]) -> list[SidecarFiles]:
+    return [SidecarFiles(samples, sidecar, "encode", "columns", "--columns") for sidecar in sidecars]
+
+
+def read_captions(sidecars: Sequence[SidecarFiles], shard: Shard, scratch: Path) -> dict[str, dict[str, list[str]]]:
     """Key -> kind -> texts.
 
     Raises:
@@ -61,8 +106,8 @@ def read_captions(sidecars: Sequence[Sidecar], shard: str, scratch: Path) -> dic
     for number, sidecar in enumerate(sidecars):
         store = StageStore(sidecar.url)
         kinds = set()
-        for i, file in enumerate(sidecar_files(store, "recaption", "captions", shard)):
-            path = fetch(store, file, scratch / f"{shard}.captions{number}.{i}.parquet", MAX_INDEX_BYTES)
+        for i, file in enumerate(sidecar.of(shard)):
+            path = fetch(store, file, scratch / f"{shard.name}.captions{number}.{i}.parquet", MAX_INDEX_BYTES)
             try:
                 rows = pq.read_table(path, columns=["key", "kind", "caption"]).to_pylist()
             except (pa.ArrowException, OSError) as e:
@@ -86,7 +131,7 @@ def read_captions(sidecars: Sequence[Sidecar], shard: str, scratch: Path) -> dic
 class ColumnValues:
     """Values of further columns of a window's samples, on disk."""
 
-    def __init__(self, scratch: Path, sidecars: Sequence[Sidecar]) -> None:
+    def __init__(self, scratch: Path, sidecars: Sequence[SidecarFiles]) -> None:
         self._scratch, self._sidecars = scratch, sidecars
         self._tables: dict[int, list[pa.Table]] = {}
         """Of each shard, memory-mapped."""
@@ -111,17 +156,17 @@ class ColumnValues:
     def names(self) -> list[str]:
         return sorted(self.described)
 
-    def load(self, shard: int, name: str) -> None:
+    def load(self, number: int, shard: Shard) -> None:
         """Called from several threads, each with a shard of its own."""
         tables: list[pa.Table] = []
         places: dict[str, list[_Place]] = {}
         described: dict[str, Json] = {}
-        for number, sidecar in enumerate(self._sidecars):
+        for of, sidecar in enumerate(self._sidecars):
             store = StageStore(sidecar.url)
             of_sidecar: set[str] = set()
-            for i, file in enumerate(sidecar_files(store, "encode", "columns", name)):
+            for i, file in enumerate(sidecar.of(shard)):
                 where = f"{store.url}/{file['name']}"
-                path = self._scratch / f"columns-{shard}-{number}-{i}.parquet"
+                path = self._scratch / f"columns-{number}-{of}-{i}.parquet"
                 fetch(store, file, path, MAX_TAR_BYTES)
                 mapped = _map_columns(path, where)
                 if clash := sorted((set(mapped.described) & set(described)) - of_sidecar):
@@ -132,7 +177,7 @@ class ColumnValues:
                     place = _Place(len(tables), row, content if mapped.of_images else None, where)
                     places.setdefault(key, []).append(place)
                 tables.append(mapped.table)
-        self._tables[shard], self._places[shard], self._descriptions[shard] = tables, places, described
+        self._tables[number], self._places[number], self._descriptions[number] = tables, places, described
 
     def check(self, shard: int, key: str, content: bytes) -> None:
         """
@@ -152,8 +197,10 @@ class ColumnValues:
         return total
 
     def missing(self, shard: int, key: str) -> list[str]:
+        """Columns that the sample has no value of. Also of a shard of which the stage has made nothing."""
         values = self._values(shard, key)
-        return [name for name in self._descriptions[shard] if not values.get(name)]
+        names = {name for sidecar in self._sidecars for name in sidecar.names} | set(self._descriptions[shard])
+        return [name for name in sorted(names) if not values.get(name)]
 
     def _values(self, shard: int, key: str) -> dict[str, memoryview]:
         """Without copying them."""

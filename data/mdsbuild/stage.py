@@ -13,21 +13,22 @@ dataset.json nobody takes them for a dataset.
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from data.mdsbuild.plan import PLAN, WINDOWS, plan_items, plan_parts
 from data.mdsbuild.publish import Publication, publish_parts
 from data.mdsbuild.shards import SHARDS, Plans, shard_items, shard_parts
-from data.mdsbuild.sidecars import Sidecar
+from data.mdsbuild.sidecars import Sidecar, SidecarFiles, captions_files, columns_files
 from data.mdsbuild.windows import window_items, window_parts
-from data.provenance import public_url
-from data.publish import check_writable, file_names
+from data.publish import check_writable
 from data.schema import DATASET, INDEX, MAX_SHARD_BYTES
 from data.stages.runner import Part, Pass, Stage, Work
 from data.stages.samples import Samples, open_samples
-from data.stages.store import STAGE, SUMMARY, Json, StageStore, read_stage
+from data.stages.store import STAGE, Json, StageStore, read_stage
 from data.storage import Storage
+from data.urls import public_url
 from trainer.errors import UserError
 
 PUBLISH = "publish"
@@ -62,14 +63,15 @@ class BuildStage(Stage):
     def settings(self) -> dict[str, Json]:
         return {
             "source": public_url(self.source),
+            "made_of": list(self.samples.ids),
             "out": public_url(self.out),
             "name": self.dataset_name,
             "buckets": dict(self.aspects),
             "min_samples_of_a_bucket": self.min_samples,
             "shard_mib": self.shard_mib,
             "order_seed": self.order_seed,
-            "captions": [[sidecar.kind, public_url(sidecar.url)] for sidecar in self.captions],
-            "columns": [public_url(sidecar.url) for sidecar in self.columns],
+            "captions": [[sidecar.kind, public_url(sidecar.url), _id(sidecar.url)] for sidecar in self.captions],
+            "columns": [[public_url(sidecar.url), _id(sidecar.url)] for sidecar in self.columns],
         }
 
     def passes(self) -> Sequence[Pass]:
@@ -86,25 +88,38 @@ class BuildStage(Stage):
 
     # -------------------------------------------------------------------------------------------------------- passes
 
-    def _samples(self) -> Samples:
+    @cached_property
+    def samples(self) -> Samples:
         return open_samples(self.source)
 
+    @cached_property
+    def _captions(self) -> list[SidecarFiles]:
+        return captions_files(self.samples, self.captions)
+
+    @cached_property
+    def _columns(self) -> list[SidecarFiles]:
+        return columns_files(self.samples, self.columns)
+
+    def check_sidecars(self) -> None:
+        """
+        Raises:
+            UserError: one is another stage's output, not finished, or made of other samples.
+        """
+        _ = self._captions, self._columns  # opening one checks it
+
     def _window_items(self, _store: StageStore) -> list[Json]:
-        for sidecar in self.captions:
-            check_finished(sidecar.url, "recaption", "--captions")
-        for sidecar in self.columns:
-            check_finished(sidecar.url, "encode", "--columns")
-        return window_items(self._samples(), self.order_seed, self.columns)
+        self.check_sidecars()
+        return window_items(self.samples, self.order_seed, self._columns)
 
     def _windows(self, work: Work) -> Iterator[Part]:
         return window_parts(
             work,
-            self._samples(),
+            self.samples,
             aspects=self.aspects,
             seed=self.order_seed,
             shard_bytes=self._shard_bytes,
-            captions=self.captions,
-            columns=self.columns,
+            captions=self._captions,
+            columns=self._columns,
         )
 
     def _plan(self, work: Work) -> Iterator[Part]:
@@ -129,23 +144,16 @@ class BuildStage(Stage):
         return self.shard_mib << 20
 
 
-def check_finished(url: str, stage: str, option: str) -> None:
-    """
-    Raises:
-        UserError: not the output of `stage`, or it is not finished.
-    """
-    store = StageStore(url)
-    found = read_stage(store)["stage"]
-    if found != stage:
-        raise UserError(f"{option}: {url} is the output of `{found}`, give that of `{stage}`")
-    if not store.exists(SUMMARY):
-        raise UserError(
-            f"{option}: `loupe data {stage}` is not finished at {url}; run it again, it goes on where it stopped"
-        )
+def _id(url: str) -> str:
+    """Of a stage's output: what is made anew at its place has another."""
+    return str(read_stage(StageStore(url))["id"])
 
 
-def check_place(stage: BuildStage, work_url: str) -> None:
+def check_place(stage: BuildStage, work_url: str, *, write: bool = True) -> None:
     """Before the first worker begins: whether a dataset may come to `out`. A build that has begun goes on unasked.
+
+    Args:
+        write: try whether storage can be written.
 
     Raises:
         UserError: it may not, or storage cannot be written.
@@ -158,7 +166,7 @@ def check_place(stage: BuildStage, work_url: str) -> None:
             raise UserError(f"{stage.out}: overlaps {name}, {other.url}; name a folder elsewhere")
     if out.is_local and Path(out.root).is_file():
         raise UserError(f"{stage.out}: is a file; name a folder")
-    names = [name for name in file_names(out) if name != "quarantine"]
+    names = [name for name in out.names(hidden=True) if name != "quarantine"]
     if names and not work.exists(STAGE):
         if INDEX not in names and DATASET not in names:
             raise UserError(f"{stage.out}: holds other files and no dataset; name a new folder")
@@ -166,7 +174,10 @@ def check_place(stage: BuildStage, work_url: str) -> None:
             raise UserError(
                 f"{stage.out}: holds a dataset already; add --overwrite to replace it, or name another folder"
             )
-    check_writable(out)
+    if not work.exists(STAGE):
+        stage.check_sidecars()
+    if write:
+        check_writable(out)
 
 
 def _overlap(a: Storage, b: Storage) -> bool:

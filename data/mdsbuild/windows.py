@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from data import draws
 from data.ahead import in_order
 from data.buckets import nearest
-from data.mdsbuild.sidecars import ColumnValues, Sidecar, read_captions, sidecar_files
+from data.mdsbuild.sidecars import ColumnValues, SidecarFiles, read_captions
 from data.schema import ORIGINAL
-from data.stages.runner import Part, Work, part_name
+from data.stages.runner import Part, Work
 from data.stages.samples import MAX_TAR_BYTES, Row, Samples, Shard, shard_rows
-from data.stages.store import Json, StageStore
+from data.stages.store import Json
 from data.stats import Statistics
 from trainer.errors import UserError
 
@@ -66,32 +66,29 @@ class _Window:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def window_items(samples: Samples, seed: int, columns: Sequence[Sidecar]) -> list[Json]:
+def window_items(samples: Samples, seed: int, columns: Sequence[SidecarFiles]) -> list[Json]:
     """Windows of shards in an order drawn from the seed, so that what lay side by side in the source comes apart.
 
     Raises:
         UserError: the source has no samples.
     """
-    shards = samples.shards()
-    if not shards:
+    names = [shard.name for shard in samples.each_shard()]
+    if not names:
         raise UserError(f"{samples.url}: has no samples; all were left out, look at `loupe data stats {samples.url}`")
-    order = draws.permutation(seed, "build windows", length=len(shards))
-    size = _window_shards(shards, columns)
-    names = [shards[i].name for i in order]
+    size = _window_shards(samples, names, columns)
+    names = [names[i] for i in draws.permutation(seed, "build windows", length=len(names))]
     return [
         {"name": f"w{n:06d}", "window": n, "shards": names[n * size : (n + 1) * size]}
         for n in range(-(-len(names) // size))
     ]
 
 
-def _window_shards(shards: Sequence[Shard], columns: Sequence[Sidecar]) -> int:
+def _window_shards(samples: Samples, names: Sequence[str], columns: Sequence[SidecarFiles]) -> int:
     """Fewer where the columns are large: a worker holds a window of them on disk."""
-    some = shards[:: max(1, len(shards) // 8)]
     largest = 0
-    for shard in some:
-        files = [
-            f for sidecar in columns for f in sidecar_files(StageStore(sidecar.url), "encode", "columns", shard.name)
-        ]
+    for name in names[:: max(1, len(names) // 8)] if columns else ():
+        shard = samples.shard(name)
+        files = [file for sidecar in columns for file in sidecar.of(shard)]
         largest = max(largest, sum(file["bytes"] for file in files))
     return max(1, min(WINDOW_SHARDS, WINDOW_COLUMN_BYTES // max(1, largest)))
 
@@ -103,23 +100,23 @@ def window_parts(
     aspects: Mapping[str, float],
     seed: int,
     shard_bytes: int,
-    captions: Sequence[Sidecar],
-    columns: Sequence[Sidecar],
+    captions: Sequence[SidecarFiles],
+    columns: Sequence[SidecarFiles],
 ) -> Iterator[Part]:
     """One part: slices by bucket, sizes, and what the plan adds up."""
     if work.cursor is not None:
         return
-    source = StageStore(samples.url)
     names = list(aspects) or [""]
+    kinds = sorted({kind for sidecar in captions for kind in sidecar.names})
     window = _Window()
     values = ColumnValues(work.scratch, columns)
 
     def load(place: tuple[int, str]) -> tuple[Shard, list[Row], dict[str, dict[str, list[str]]]]:
         number, name = place
-        shard = find_shard(source, samples.pass_name, name)
+        shard = samples.shard(name)
         rows = shard_rows(samples, shard, work.scratch)
-        values.load(number, name)
-        return shard, rows, read_captions(captions, name, work.scratch)
+        values.load(number, shard)
+        return shard, rows, read_captions(captions, shard, work.scratch)
 
     places = enumerate(work.item["shards"])
     for (number, _), future in in_order(load, places, threads=FETCHERS, ahead=FETCHERS):
@@ -127,11 +124,13 @@ def window_parts(
         tar = shard.tar["name"]
         if shard.tar["bytes"] > MAX_TAR_BYTES:
             raise UserError(
-                f"{source.url}/{tar}: {shard.tar['bytes']} bytes, more than the {MAX_TAR_BYTES} it may have"
+                f"{samples.url}/{tar}: {shard.tar['bytes']} bytes, more than the {MAX_TAR_BYTES} it may have"
             )
         for row in rows:
             work.advance()
-            _take(window, row, number, tar, more.get(row.key, {}), names, aspects, shard_bytes, values)
+            of_row = more.get(row.key, {})
+            if _take(window, row, number, tar, of_row, names, aspects, shard_bytes, values):
+                window.counts.update(f"missing/captions/{kind}" for kind in kinds if not of_row.get(kind))
     yield _part(
         work,
         window,
@@ -139,13 +138,6 @@ def window_parts(
         values,
         draws.permutation(seed, "build order", work.item["window"], length=len(window.rows)),
     )
-
-
-def find_shard(source: StageStore, pass_name: str, name: str) -> Shard:
-    """A shard by its name, from its receipt."""
-    item, _, part = name.rpartition("-")
-    receipt = source.read_json(part_name(pass_name, item, int(part)))
-    return Shard(name, receipt["files"]["tar"], receipt["files"]["index"], receipt["counts"])
 
 
 def _take(
@@ -158,15 +150,15 @@ def _take(
     aspects: Mapping[str, float],
     shard_bytes: int,
     values: "ColumnValues",
-) -> None:
-    """One sample into the window, or into the counts of what is left out."""
+) -> bool:
+    """One sample into the window, or into the counts of what is left out; True: it is in."""
     captions = {kind: list(texts) for kind, texts in (*row.captions.items(), *more.items()) if texts}
     if not captions and row.class_name is not None:
         captions = {ORIGINAL: [" ".join(row.class_name.replace("_", " ").split())]}
     window.counts["read"] += 1
     if not captions:
         window.counts["rejected/no_caption"] += 1
-        return
+        return False
     text = json.dumps(captions, ensure_ascii=False)
     num_bytes = (
         row.size
@@ -177,7 +169,7 @@ def _take(
     )
     if num_bytes > shard_bytes:
         window.counts["rejected/larger_than_a_shard"] += 1
-        return
+        return False
     values.check(shard, row.key, row.content)
     window.counts["kept"] += 1
     for name in values.missing(shard, row.key):
@@ -195,6 +187,7 @@ def _take(
         key=row.key, width=row.width, height=row.height, num_bytes=row.size, kind=row.format, captions=captions,
         licence=row.licence, class_name=row.class_name,
     )  # fmt: skip
+    return True
 
 
 def _part(work: Work, window: _Window, names: Sequence[str], values: "ColumnValues", shuffled: np.ndarray) -> Part:

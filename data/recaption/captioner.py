@@ -25,8 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.recaption.images import InputFormat, input_format
-from data.recaption.model import load
-from trainer.errors import UserError
+from data.recaption.model import check_new_tokens, load, max_new_tokens
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """In new tokens: where captions that have not ended are batched anew."""
@@ -109,9 +108,7 @@ class Captioner:
         self.work = Work()
         self.more_processors: list[Any] = []
         """Of logits, beside those that the model's generation config asks for."""
-        limit = self.model.config.text_config.max_position_embeddings - 1
-        if decoding.max_new_tokens > limit:
-            raise UserError(f"--max-new-tokens {decoding.max_new_tokens}: the model has positions for {limit}")
+        check_new_tokens(decoding.max_new_tokens, max_new_tokens(self.model.config))
         self._prompts = [self._prompt(text) for text in prompts]
         if self.device.type == "cpu":
             # 1.25 to 1.7 times the speed, measured: its blocks change between image and tokens all the time, and in this

@@ -15,6 +15,10 @@ _FILES = ("*.safetensors", "*.json", "*.txt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+NEW_TOKENS = 256
+"""Of a caption, unless told otherwise."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     folder: Path
@@ -98,6 +102,44 @@ def choose_dtype(dtype: str, device: str) -> str:
     return dtype
 
 
+def choose_new_tokens(asked: int | None, folder: Path) -> int:
+    """The longest caption, in tokens; absent: `NEW_TOKENS`, or what the model has positions for where those are fewer.
+
+    Raises:
+        UserError: more than the model has positions for, or it is no Florence-2.
+    """
+    import transformers
+
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config = transformers.Florence2Config.from_pretrained(folder, local_files_only=True)
+        limit = max_new_tokens(config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise _no_florence(folder, e) from e
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    check_new_tokens(asked or 0, limit)
+    return min(NEW_TOKENS, limit) if asked is None else asked
+
+
+def max_new_tokens(config: Any) -> int:
+    """Of a Florence2Config: tokens behind the first, which the model is given."""
+    return int(config.text_config.max_position_embeddings) - 1
+
+
+def check_new_tokens(asked: int, limit: int) -> None:
+    if asked > limit:
+        raise UserError(f"--max-new-tokens {asked}: the model has positions for {limit}; ask for as many at most")
+
+
+def _no_florence(folder: Path, e: Exception) -> UserError:
+    return UserError(
+        f"--model {folder}: not a Florence-2 of transformers' own format ({one_line(e)}); convert it, or take "
+        "florence-community's"
+    )
+
+
 def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """`Florence2ForConditionalGeneration` and its processor, from a local folder.
 
@@ -118,10 +160,7 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
         )
         processor = Florence2Processor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as e:
-        raise UserError(
-            f"--model {folder}: not a Florence-2 of transformers' own format ({one_line(e)}); convert it, or take "
-            "florence-community's"
-        ) from e
+        raise _no_florence(folder, e) from e
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     missing: Sequence[str] = sorted(report["missing_keys"])

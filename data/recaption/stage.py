@@ -5,6 +5,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from data.images import ImageError
-from data.provenance import public_url
 from data.recaption.captioner import Caption, Captioner, Decoding
 from data.recaption.images import Resize, prepared
 from data.recaption.model import ModelFiles
 from data.recaption.text import EMPTY, clean, flaw
 from data.stages.runner import Part, Pass, Stage, Work
-from data.stages.samples import Shard, open_samples, read_shard
-from data.stages.store import Json, StageStore
+from data.stages.samples import Samples, Shard, open_samples, parts_by_shard, read_shard, shards_left
+from data.stages.store import Json
+from data.urls import public_url
 
 CAPTIONS = pa.schema([("key", pa.string()), ("kind", pa.string()), ("caption", pa.string())])
 _AHEAD = 8
@@ -33,6 +34,7 @@ _AHEAD = 8
 @dataclass
 class Recaption(Stage):
     name: ClassVar[str] = "recaption"
+    version: ClassVar[int] = 2
 
     url: str
     """Output of `ingest` or `faces`."""
@@ -55,9 +57,14 @@ class Recaption(Stage):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_captioner": None}
 
+    @cached_property
+    def samples(self) -> Samples:
+        return open_samples(self.url)
+
     def settings(self) -> dict[str, Json]:
         return {
             "input": public_url(self.url),
+            "made_of": list(self.samples.ids),
             "model": self.model.name,
             "revision": self.model.revision,
             "prompts": self.prompts,
@@ -69,7 +76,15 @@ class Recaption(Stage):
         }
 
     def passes(self) -> Sequence[Pass]:
-        return [Pass("recaption", self._items, self._parts)]
+        return [
+            Pass(
+                "recaption",
+                lambda _store: self.samples.items(),
+                self._parts,
+                spares=True,
+                left=lambda item, receipts: shards_left(self.samples, item, receipts),
+            )
+        ]
 
     def open(self) -> None:
         cv2.setNumThreads(1)
@@ -80,17 +95,15 @@ class Recaption(Stage):
             decoding=self.decoding,
         )  # fmt: skip
 
-    def _items(self, _store: StageStore) -> list[Json]:
-        return [{"name": shard.name, "shard": vars(shard)} for shard in open_samples(self.url).shards()]
-
     def _parts(self, work: Work) -> Iterator[Part]:
-        """One: a shard has no more samples than a part may."""
-        if work.cursor is not None:
-            return
+        """One for each shard, which has no more samples than a part may."""
+        return parts_by_shard(self.samples, "recaption", work, lambda shard: self._of_shard(shard, work))
+
+    def _of_shard(self, shard: Shard, work: Work) -> tuple[dict[str, Path], Counter[str]]:
         assert self._captioner is not None
         counts: Counter[str] = Counter()
         keys: list[str] = []
-        images = self._images(work, keys, counts)
+        images = self._images(shard, work, keys, counts)
         made: list[tuple[int, int, str]] = []
         for caption in self._captioner.captions(images):
             work.advance(0)
@@ -105,13 +118,12 @@ class Recaption(Stage):
             "kind": [kinds[prompt] for _, prompt, _ in made],
             "caption": [text for *_, text in made],
         }
-        yield Part({"captions": self._write(work.scratch, rows)}, counts, cursor="end")
+        return {"captions": self._write(work.scratch, rows)}, counts
 
-    def _images(self, work: Work, keys: list[str], counts: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+    def _images(self, shard: Shard, work: Work, keys: list[str], counts: Counter[str]) -> Iterator[NDArray[np.uint8]]:
         """The shard's images as the model takes them; their keys are appended to `keys` as they come."""
         assert self._captioner is not None
-        shard = Shard(**work.item["shard"])
-        files = ((row.key, data) for row, data in read_shard(open_samples(self.url), shard, work))
+        files = ((row.key, data) for row, data in read_shard(self.samples, shard, work))
         ahead = max(_AHEAD, 3 * self.decoding.batch_images)
         for key, image_HWC in prepared(files, self._captioner.form, self.resize, threads=self.threads, ahead=ahead):
             counts["read"] += 1

@@ -9,6 +9,7 @@ its last part. Computed is at least once, published exactly once: a part's recei
 no receipt names are no output.
 """
 
+import logging
 import os
 import random
 import secrets
@@ -24,12 +25,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import xxhash
-
-from data.ahead import in_order
-from data.stages import leases
+from data.stages import failures, leases
+from data.stages.once import OnceReadStore
+from data.stages.pinned import BeginAgain, check_all_done, pinned_items
+from data.stages.receipts import (
+    check_mending,
+    done_receipts,
+    epoch_of,
+    hash_file,
+    items_name,
+    part_name,
+    part_receipts,
+    pass_folder,
+    sum_counts,
+)
 from data.stages.store import SUMMARY, Json, StageStore, claim, item_names
-from data.storage import CHUNK_BYTES
 from trainer.errors import UserError, one_line
 
 PART_SAMPLES = 1000
@@ -37,10 +47,10 @@ PART_SAMPLES = 1000
 ATTEMPTS = 3
 """At an item that fails."""
 LEASE_S = 120.0
-READERS = 8
-"""Receipts that are asked for at a time."""
 LISTING_S = 10.0
-"""How old a listing of what is done may grow while there is work."""
+"""How old a listing of what is done may grow while there is work; and ten times what it takes, where it takes long."""
+FINISH = "work/finish/leases"
+"""Of what one worker does for all: list a pass's items, and finish."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,8 @@ class Part:
     """More for the receipt, small: what a later pass or the summary wants without opening files."""
 
 
-class Stopped(Exception):
-    """The worker was asked to stop, or has lost its lease."""
+class Stopped(BaseException):
+    """The worker was asked to stop, or has lost its lease. No `Exception`, so that what tries again at any of those ends."""
 
 
 @dataclass
@@ -97,6 +107,10 @@ class Pass:
     """What there is to do, once all passes before are done: objects with a `name` fit for a file. Asked once, and kept."""
     parts: Callable[[Work], Iterator[Part]]
     """From `work.cursor` to the item's end. A cursor at the end yields nothing more."""
+    spares: bool = False
+    """Whether what follows can do without an item that fails for good."""
+    left: Callable[[Json, Sequence[Json]], Mapping[str, int]] = lambda item, receipts: {}
+    """Of such an item and its parts' receipts: what is not done of it and known, such as `samples`."""
 
 
 class Stage(ABC):
@@ -117,7 +131,8 @@ class Stage(ABC):
         """Called once in each worker before its first item: load models here."""
 
     def finish(self, store: StageStore) -> dict[str, Json]:
-        """When all is done, by one worker or more: write what the whole needs; what is returned goes into the summary."""
+        """When all is done, by one worker, or by another where that died: write what the whole needs; what is returned goes
+        into the summary. `store` reads each receipt once."""
         return {}
 
 
@@ -137,6 +152,8 @@ class Worker:
     stop: threading.Event = field(default_factory=threading.Event)
     name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}")
     _opened: bool = False
+    _epoch: str | None = None
+    """Of the stage when this worker began to look at it."""
 
     def run(self) -> list[str]:
         """Work until the stage is done, or nothing is left but what failed; returns lines about that.
@@ -147,46 +164,89 @@ class Worker:
             StorageError: storage fails.
         """
         passes = [one_pass.name for one_pass in self.stage.passes()]
-        claim(self.store, self.stage.name, self.stage.version, self.stage.settings(), passes)
+        while True:
+            # Each time: a build may have been begun anew there with other settings.
+            claim(self.store, self.stage.name, self.stage.version, self.stage.settings(), passes)
+            check_mending(self.store)
+            self._epoch = epoch_of(self.store)
+            try:
+                return self._run_all()
+            except BeginAgain as e:
+                logging.warning("%s: %s, so this worker looks at it anew", self.store.url, e)
+                self._wait()
+
+    def _run_all(self) -> list[str]:
         if self.store.exists(SUMMARY):
             return []
         for one_pass in self.stage.passes():
-            if failures := self._run_pass(one_pass):
-                return failures
+            if failed := self._run_pass(one_pass):
+                return failed
         self._finish()
         return []
+
+    def _check_current(self) -> None:
+        """Under a lease, which mending looks for once it has said that it begins.
+
+        Raises:
+            UserError: the stage is being mended.
+            BeginAgain: it has been, since this worker listed what is done.
+        """
+        check_mending(self.store)
+        self._check_epoch()
+
+    def _check_epoch(self) -> None:
+        if epoch_of(self.store) != self._epoch:
+            raise BeginAgain("damage was taken out meanwhile")
 
     # ------------------------------------------------------------------------------------------------------------ pass
 
     def _run_pass(self, one_pass: Pass) -> list[str]:
-        items = pinned_items(self.store, one_pass)
+        items = self._pinned(one_pass)
         folder = pass_folder(one_pass.name)
-        todo = {item["name"]: item for item in items}
-        order = list(todo)
+        by_name = {item["name"]: item for item in items}
+        order = list(by_name)
         random.Random(self.name).shuffle(order)  # else all workers would try for the same items
         failed: dict[str, str] = {}
-        while todo:
-            for name in self.store.names(f"{folder}/done"):
-                todo.pop(name.removesuffix(".json"), None)
-            failures = self._failures(folder)
+        while True:
+            began = time.monotonic()
+            done = {name.removesuffix(".json") for name in self.store.names(f"{folder}/done")}
+            failures_of = failures.listed(self.store, folder)
             held = leases.held(self.store.names(f"{folder}/leases"))
             listed = time.monotonic()
-            open_items = [name for name in order if name in todo and name not in failed]
+            listing_s = listed - began
             worked = False
-            for name in open_items:
-                self._check_stop()
-                if len(failures.get(name, [])) >= self.attempts:
-                    failed[name] = self._why(folder, failures[name][-1])
+            for name in order:
+                if name in done or name in failed:
                     continue
-                worked |= self._try(one_pass, todo[name], held.get(name))
-                if worked and time.monotonic() - listed > LISTING_S:
+                self._check_stop()
+                if len(failures_of.get(name, [])) >= self.attempts:
+                    failed[name] = failures.reason(self.store, folder, failures_of[name][-1])
+                    continue
+                worked |= self._try(one_pass, by_name[name], held.get(name))
+                if worked and time.monotonic() - listed > max(LISTING_S, 10 * listing_s):
                     break
-            if all(name in failed for name in todo):
+            if all(name in done or name in failed for name in order):
                 break
             if not worked:
-                self.stop.wait(min(self.lease_s / 4, 2.0))
-                self._check_stop()
-        return [f"{one_pass.name} {name}: {why}" for name, why in sorted(failed.items()) if name in todo]
+                self._wait(listing_s)
+        return [f"{one_pass.name} {name}: {why}" for name, why in sorted(failed.items()) if name not in done]
+
+    def _pinned(self, one_pass: Pass) -> list[Json]:
+        """Its items; listed under a lease, since they follow from what is done before, which must not be mended meanwhile."""
+        name = items_name(one_pass.name)
+
+        def make(_: leases.Lease) -> None:
+            pinned_items(self.store, one_pass, check=self._check_epoch)
+
+        self._alone(
+            f"items-{one_pass.name}", lambda: self.store.exists(name), make, f"listed what {one_pass.name} has to do"
+        )
+        return pinned_items(self.store, one_pass, check=self._check_epoch)
+
+    def _wait(self, listing_s: float = 0.0) -> None:
+        """For others; longer where it takes long to see how far they are."""
+        self.stop.wait(max(min(self.lease_s / 4, 2.0), 10 * listing_s))
+        self._check_stop()
 
     def _try(self, one_pass: Pass, item: Json, generation: int | None) -> bool:
         """Take an item and do it; False if somebody else has it."""
@@ -202,19 +262,23 @@ class Worker:
         if lease is None:
             return False
         with lease:
+            self._check_current()
             if self.store.exists(f"{folder}/done/{name}.json"):  # between the listing and the lease
                 return True
             if lease.deaths >= leases.MAX_DEATHS:
                 why = f"{lease.deaths} workers died at it one after another; look at their logs"
-                self._fail(folder, name, attempt, why, final=True)
+                failures.record(self.store, folder, name, attempt, self.name, why, times=self.attempts)
                 return True
             try:
                 self._do(one_pass, item, lease)
             except Stopped:
                 self._check_stop()
+            except BeginAgain:
+                raise
             except Exception as e:  # of whatever kind: others go on, and it is told in the end
-                self._fail(
-                    folder, name, attempt, one_line(e), final=isinstance(e, UserError), trace=traceback.format_exc()
+                times = self.attempts if failures.is_final(e) else 1
+                failures.record(
+                    self.store, folder, name, attempt, self.name, one_line(e), trace=traceback.format_exc(), times=times
                 )
         return True
 
@@ -236,6 +300,8 @@ class Worker:
             "item": name, "counts": dict(sum_counts(r["counts"] for r in receipts)), "parts": receipts,
             "attempt": lease.attempt, "worker": self.name, "time": time.time(),
         }  # fmt: skip
+        # A worker that slept through its lease may have slept through mending, too.
+        self._check_epoch()
         self.store.create_json(f"{folder}/done/{name}.json", whole)
         self._sweep(f"files/{one_pass.name}/{name}", receipts)
 
@@ -270,110 +336,58 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------------------- end
 
+    def _alone(self, what: str, done: Callable[[], bool], do: Callable[[leases.Lease], None], while_they: str) -> None:
+        """What one worker does for all; the others wait until it is done, and take over where it dies."""
+        pause_s = 0.1
+        while not done():
+            lease = leases.take(
+                self.store, FINISH, what, leases.held(self.store.names(FINISH)).get(what), worker=self.name,
+                attempt=secrets.token_hex(6), seconds=self.lease_s, parts=lambda: 0,
+            )  # fmt: skip
+            if lease is None:
+                self.stop.wait(pause_s)
+                self._check_stop()
+                pause_s = min(2 * pause_s, self.lease_s / 4, 2.0)
+                continue
+            with lease:
+                self._check_current()
+                if lease.deaths >= leases.MAX_DEATHS:
+                    raise UserError(
+                        f"{self.store.url}: {lease.deaths} workers died one after another while they {while_they}; "
+                        "look at their logs, then run again"
+                    )
+                do(lease)
+
     def _finish(self) -> None:
-        counts = {
-            p.name: dict(sum_counts(r["counts"] for r in done_receipts(self.store, p.name)))
-            for p in self.stage.passes()
-        }
-        more = self.stage.finish(self.store)
-        self.store.create_json(SUMMARY, {"stage": self.stage.name, "counts": counts, "time": time.time(), **more})
+        def finish(lease: leases.Lease) -> None:
+            if not self.store.exists(SUMMARY):  # between the look and the lease
+                self._summarize(lease)
+
+        self._alone("finish", lambda: self.store.exists(SUMMARY), finish, "finished the stage")
+
+    def _summarize(self, lease: leases.Lease) -> None:
+        counts: dict[str, Json] = {}
+        given_up: dict[str, Json] = {}
+        with OnceReadStore(self.store.url) as store:
+            for one_pass in self.stage.passes():
+                total: Counter[str] = Counter()
+                names = item_names(pinned_items(store, one_pass))
+                check_all_done(store, one_pass.name, names)
+                for receipt in done_receipts(store, one_pass.name):
+                    total.update(receipt["counts"])
+                    if (why := receipt.get("given_up")) is not None:
+                        given_up.setdefault(one_pass.name, {})[receipt["item"]] = why
+                    self._check_stop()
+                counts[one_pass.name] = dict(total)
+            more = self.stage.finish(store)
+        if lease.lost.is_set():  # another is at it
+            return
+        self._check_current()
+        about = {"given_up": given_up} if given_up else {}
+        self.store.create_json(
+            SUMMARY, {"stage": self.stage.name, "counts": counts, "time": time.time(), **about, **more}
+        )
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise Stopped
-
-    def _fail(self, folder: str, item: str, attempt: str, why: str, *, final: bool, trace: str = "") -> None:
-        for n in range(self.attempts if final else 1):
-            record = {
-                "item": item,
-                "attempt": attempt,
-                "worker": self.name,
-                "why": why,
-                "trace": trace,
-                "time": time.time(),
-            }
-            self.store.create_json(f"{folder}/failed/{item}.{attempt}{n}.json", record)
-
-    def _failures(self, folder: str) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for file in self.store.names(f"{folder}/failed"):
-            found.setdefault(file.removesuffix(".json").rpartition(".")[0], []).append(file)
-        return found
-
-    def _why(self, folder: str, file: str) -> str:
-        try:
-            return str(self.store.read_json(f"{folder}/failed/{file}")["why"])
-        except FileNotFoundError:
-            return "its failures were forgotten meanwhile; run again"
-
-
-# ----------------------------------------------------------------------------------------------------------- the folder
-
-
-def pass_folder(pass_name: str) -> str:
-    return f"work/{pass_name}"
-
-
-def part_name(pass_name: str, item: str, number: int) -> str:
-    return f"{pass_folder(pass_name)}/parts/{item}/{number:06d}.json"
-
-
-def pinned_items(store: StageStore, one_pass: Pass) -> list[Json]:
-    """The items of a pass, the same for all workers at all times."""
-    name = f"{pass_folder(one_pass.name)}/items.json"
-    if not store.exists(name):
-        items = list(one_pass.items(store))
-        names = item_names(items)
-        assert len(set(names)) == len(names), "items of one name"
-        store.create_json(name, items)
-    found = store.read_json(name)
-    assert isinstance(found, list)
-    return found
-
-
-def part_receipts(store: StageStore, pass_name: str, item: str) -> list[Json]:
-    """Of the parts that are published, in order."""
-    names = store.names(f"{pass_folder(pass_name)}/parts/{item}")
-    return [store.read_json(f"{pass_folder(pass_name)}/parts/{item}/{name}") for name in names]
-
-
-def done_receipts(store: StageStore, pass_name: str) -> Iterator[Json]:
-    """Of the items that are whole, in the order of their names; several are asked for at a time, as there are thousands."""
-    folder = f"{pass_folder(pass_name)}/done"
-    reads = in_order(
-        lambda name: store.read_json(f"{folder}/{name}"), store.names(folder), threads=READERS, ahead=4 * READERS
-    )
-    for _, receipt in reads:
-        yield receipt.result()
-
-
-def retry_failed(store: StageStore, stage: Stage) -> int:
-    """Forget why items failed, and which workers died at them, so that they are tried again; returns how many there were."""
-    items = set()
-    for one_pass in stage.passes():
-        folder = f"{pass_folder(one_pass.name)}/failed"
-        for file in store.names(folder):
-            items.add((one_pass.name, file.removesuffix(".json").rpartition(".")[0]))
-            store.delete(f"{folder}/{file}")
-        folder = f"{pass_folder(one_pass.name)}/leases"
-        for item, generation in leases.held(store.names(folder)).items():
-            found = leases.holder(store, folder, item, generation)
-            if found and found.deaths and found.deadline < time.time():
-                for old in range(generation + 1):
-                    store.delete(f"{folder}/{leases.lease_name(item, old)}")
-    return len(items)
-
-
-def sum_counts(counts: Iterator[Mapping[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for some in counts:
-        total.update(some)
-    return total
-
-
-def hash_file(path: Path) -> str:
-    hasher = xxhash.xxh64()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()

@@ -8,8 +8,9 @@ about them goes into sidecars, never back.
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data.stages.runner import Work, done_receipts
-from data.stages.store import SUMMARY, StageStore, read_stage
-from data.storage import DEADLINE_S, DamagedShard, with_retries
+from data.stages.by_shard import PartsByShard
+from data.stages.receipts import check_name, done_receipts, file_name, part_name, part_receipts, pass_folder
+from data.stages.runner import Part, Work
+from data.stages.spared import spared
+from data.stages.store import SUMMARY, Json, StageStore, read_stage
+from data.storage import DamagedFile, DamagedShard, deadline_for, with_retries
 from trainer.errors import UserError
 
 ORIGINAL = "original"
 """The kind of captions that images came with."""
 MAX_TAR_BYTES = 64 << 30
 MAX_INDEX_BYTES = 1 << 30
+ITEMS = 4096
+"""Shards, about, up to which each is an item of the stage that follows: items have receipts, listed again and again."""
 
 SCHEMA = pa.schema(
     [
@@ -127,7 +133,7 @@ def read_index(path: Path) -> list[Row]:
         rows = table.to_pylist()
         return [Row(**{**row, "captions": json.loads(row["captions"])}) for row in rows]
     except (pa.ArrowException, ValueError, TypeError, OSError) as e:
-        raise UserError(f"{path.name}: not an index of samples ({e}); run the stage that wrote it again") from None
+        raise UserError(f"{path.name}: not an index of samples ({e}); {StageStore.mend}") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -135,14 +141,21 @@ def read_index(path: Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a stage's output. Picklable and small; JSON by `vars`."""
+    """A shard of a stage's output. Picklable and small."""
 
     name: str
-    """Fit for an item of the next stage."""
+    """Of its item and its part; fit for an item of the next stage."""
     tar: Mapping[str, Any]
     """name, bytes, xxh64 of the file."""
     index: Mapping[str, Any]
     counts: Mapping[str, int] = field(default_factory=dict)
+    before: Sequence[str] = ()
+    """Names of what it was made of: a shard of the stage before, one of that before it, and so on."""
+
+    @property
+    def note(self) -> dict[str, Json]:
+        """For a part that is made of this shard: by it the part is found again."""
+        return {"shard": self.name, "before": list(self.before)}
 
 
 @dataclass(frozen=True)
@@ -153,20 +166,92 @@ class Samples:
     pass_name: str
     drops: str | None = None
     """Pass whose files list the rows to leave out, duplicates."""
+    ids: tuple[str, ...] = ()
+    """Of this output, of what it was made of, and so on to `ingest`: no other output has the same, wherever it is moved."""
+
+    def each_shard(self) -> Iterator[Shard]:
+        """In order. Reads every receipt: a second for a thousand or so on object storage."""
+        for receipt in done_receipts(StageStore(self.url), self.pass_name):
+            for part in receipt["parts"]:
+                if part["files"]:
+                    yield _shard(part)
 
     def shards(self) -> list[Shard]:
-        """In order. Reads every receipt: a second for a thousand or so on object storage.
+        return list(self.each_shard())
+
+    def shard(self, name: str) -> Shard:
+        """By its name, from its part's receipt: small, where its item's may be large.
 
         Raises:
-            UserError: the stage is not finished.
+            UserError: there is none.
         """
-        store = StageStore(self.url)
-        return [
-            Shard(f"{receipt['item']}-{part['part']:04d}", part["files"]["tar"], part["files"]["index"], part["counts"])
-            for receipt in done_receipts(store, self.pass_name)
-            for part in receipt["parts"]
-            if part["files"]
-        ]
+        item, _, part = name.rpartition("-")
+        try:
+            return _shard(StageStore(self.url).read_json(part_name(self.pass_name, item, int(part))))
+        except (FileNotFoundError, DamagedFile):  # of a whole item its own receipt counts, and it has the same
+            parts = self._parts(item)
+        for one in parts:
+            if one["part"] == int(part):
+                return _shard(one)
+        raise UserError(f"{self.url}: has no receipt of shard {name}; {StageStore.mend}")
+
+    def _parts(self, item: str) -> list[Json]:
+        """
+        Raises:
+            UserError: the item has no receipt.
+        """
+        name = f"{pass_folder(self.pass_name)}/done/{check_name(item, self.url)}.json"
+        try:
+            parts: list[Json] = StageStore(self.url).read_json(name)["parts"]
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.url}/{name}: is missing; run `loupe data verify {self.url} --quarantine`, then its stage again"
+            ) from None
+        return parts
+
+    def items(self) -> list[Json]:
+        """What a stage that follows has to do, small enough for any number of samples: `shards_of` reads the rest.
+
+        One item a shard, up to `ITEMS`. Of more, an item is what was one before, or a run of its shards where it has very many.
+        """
+        parts = {
+            receipt["item"]: [part["part"] for part in receipt["parts"] if part["files"]]
+            for receipt in done_receipts(StageStore(self.url), self.pass_name)
+        }
+        run = max(1, -(-sum(map(len, parts.values())) // ITEMS))
+        items: list[Json] = []
+        for of, numbers in parts.items():
+            if 1 < run >= len(numbers) > 0:
+                items.append({"name": of, "of": of})
+                continue
+            for i in range(0, len(numbers), run):
+                some = numbers[i : i + run]
+                items.append({"name": shard_name(of, some[0]), "of": of, "first": some[0], "stop": some[-1] + 1})
+        return items
+
+    def shards_of(self, item: Json) -> list[Shard]:
+        """The shards of one of `items`, in order, by one read."""
+        of, first = item["of"], item.get("first", 0)
+        stop = item.get("stop")
+        if stop == first + 1:
+            return [self.shard(shard_name(of, first))]
+        return [_shard(part) for part in self._parts(of)[first:stop] if part["files"]]
+
+    @cached_property
+    def dropped(self) -> PartsByShard | None:
+        return PartsByShard(self.url, self.drops) if self.drops else None
+
+
+def shard_name(item: str, part: int) -> str:
+    return f"{item}-{part:04d}"
+
+
+def _shard(part: Json) -> Shard:
+    note = part["note"] or {}
+    before = [note["shard"], *note["before"]] if "shard" in note else []
+    return Shard(
+        shard_name(part["item"], part["part"]), part["files"]["tar"], part["files"]["index"], part["counts"], before
+    )
 
 
 def open_samples(url: str) -> Samples:
@@ -185,7 +270,37 @@ def open_samples(url: str) -> Samples:
         raise UserError(
             f"{url}: `loupe data {stage['stage']}` is not finished there; run it again, it goes on where it stopped"
         )
-    return Samples(store.url, stage["stage"], "drops" if stage["stage"] == "ingest" else None)
+    return samples_of(store, stage)
+
+
+def samples_of(store: StageStore, stage: Mapping[str, Json]) -> Samples:
+    """Of a stage that is known to write samples, finished or not."""
+    drops = "drops" if "drops" in stage["passes"] else None
+    return Samples(store.url, stage["stage"], drops, (stage["id"], *stage["settings"].get("made_of", ())))
+
+
+def parts_by_shard(
+    samples: Samples, pass_name: str, work: Work, make: Callable[[Shard], tuple[Mapping[str, Path], Mapping[str, int]]]
+) -> Iterator[Part]:
+    """A part for each shard of an item, of the files and counts that `make` gives, but for those that have theirs already.
+
+    Raises:
+        Exception: a shard cannot be read, or not now. The others are done first (see `spared`).
+    """
+    receipts = part_receipts(work.store, pass_name, work.item["name"])[: work.part] if work.part else []
+    done = {receipt["note"]["shard"] for receipt in receipts}
+
+    def part(shard: Shard) -> Iterator[Part]:
+        yield Part(*make(shard), cursor=shard.name, note=shard.note)
+
+    return spared((part(shard) for shard in samples.shards_of(work.item) if shard.name not in done), "shards")
+
+
+def shards_left(samples: Samples, item: Json, receipts: Sequence[Json]) -> dict[str, int]:
+    """Of an item that `parts_by_shard` has not done to its end."""
+    done = {receipt["note"]["shard"] for receipt in receipts}
+    left = [shard for shard in samples.shards_of(item) if shard.name not in done]
+    return {"shards": len(left), "samples": sum(shard.counts.get("kept", 0) for shard in left)}
 
 
 def fetch(store: StageStore, file: Mapping[str, Any], target: Path, max_bytes: int) -> Path:
@@ -195,9 +310,7 @@ def fetch(store: StageStore, file: Mapping[str, Any], target: Path, max_bytes: i
         UserError: larger than allowed, gone, or not what the receipt says.
         StorageError: storage does not answer.
     """
-    where = f"{store.url}/{file['name']}"
-    if ".." in Path(file["name"]).parts or not file["name"].startswith("files/"):
-        raise UserError(f"{where}: leads out of the stage's files; this receipt is not to be trusted")
+    where = f"{store.url}/{file_name(file['name'], store.url)}"
     if file["bytes"] > max_bytes:
         raise UserError(f"{where}: {file['bytes']} bytes, more than the {max_bytes} it may have")
 
@@ -208,13 +321,17 @@ def fetch(store: StageStore, file: Mapping[str, Any], target: Path, max_bytes: i
                 hasher.update(chunk)
                 out.write(chunk)
         if hasher.hexdigest() != file["xxh64"]:
-            raise DamagedShard(f"{where}: is not what its receipt says; run the stage that wrote it again")
+            raise DamagedShard(f"{where}: is not what its receipt says; {_mend(store)}")
 
     try:
-        with_retries(attempt, where, DEADLINE_S)
+        with_retries(attempt, where, deadline_for(file["bytes"]))
     except FileNotFoundError:
-        raise UserError(f"{where}: is gone, though a receipt names it; run the stage that wrote it again") from None
+        raise UserError(f"{where}: is gone, though a receipt names it; {_mend(store)}") from None
     return target
+
+
+def _mend(store: StageStore) -> str:
+    return f"run `loupe data verify {store.url} --quarantine`, then the command that wrote it, then this again"
 
 
 def read_shard(samples: Samples, shard: Shard, work: Work) -> Iterator[tuple[Row, bytes]]:
@@ -242,16 +359,13 @@ def shard_rows(samples: Samples, shard: Shard, scratch: Path) -> list[Row]:
 
 def dropped_keys(samples: Samples, shard: Shard, scratch: Path) -> set[str]:
     """Keys of the shard's samples that the stage has found to be duplicates."""
-    if samples.drops is None:
-        return set()
-    store = StageStore(samples.url)
-    try:
-        receipt = store.read_json(f"work/{samples.drops}/done/{shard.name}.json")
-    except FileNotFoundError:
-        return set()
     keys: set[str] = set()
-    for part in receipt["parts"]:
-        file = fetch(store, part["files"]["drops"], scratch / f"{shard.name}.drops.json", MAX_INDEX_BYTES)
+    if samples.dropped is None:
+        return keys
+    for part in samples.dropped.of(shard.name):
+        file = fetch(
+            StageStore(samples.url), part["files"]["drops"], scratch / f"{shard.name}.drops.json", MAX_INDEX_BYTES
+        )
         keys |= set(json.loads(file.read_bytes()))
         file.unlink()
     return keys

@@ -1,16 +1,28 @@
-"""How far a stage is, over all of its workers wherever they run: read from its folder alone."""
+"""How far a stage is, over all of its workers wherever they run: read from its folder alone.
+
+A look costs what it must: names are listed again only when that has become cheap beside the time between, each receipt is read
+once, several at a time, and what a look has no time to read the next ones catch up on.
+"""
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from data.stages import leases
-from data.stages.runner import pass_folder
-from data.stages.store import SUMMARY, StageStore, read_stage
+from data.ahead import in_order
+from data.stages import failures, leases
+from data.stages.receipts import READERS, pass_folder
+from data.stages.runner import LISTING_S
+from data.stages.store import SUMMARY, Json, StageStore, read_stage
+
+T = TypeVar("T")
 
 SPEED_OVER_S = 120.0
+LOCAL_LISTING_S = 1.0
+"""As `LISTING_S`, where a listing is no request that somebody pays for."""
+POLL_WITHIN_S = 2.0
+"""Of a look, about: what it may take to read receipts."""
 
 
 @dataclass
@@ -19,8 +31,12 @@ class PassStatus:
     items: int | None = None
     """None: the pass has not begun."""
     done: int = 0
+    counted: int = 0
+    """Items of those done whose samples are in `counts`."""
     failed: dict[str, str] = field(default_factory=dict)
     """Item to the reason of its last failure."""
+    given_up: dict[str, str] = field(default_factory=dict)
+    """Item to the reason, of what the stage goes on without."""
     counts: Counter[str] = field(default_factory=Counter)
     """Of items that are whole."""
     holders: list[tuple[str, leases.Holder]] = field(default_factory=list)
@@ -43,7 +59,7 @@ class StageStatus:
 
 
 class Watcher:
-    """Looks again and again; each receipt is read once."""
+    """Looks again and again."""
 
     def __init__(self, url: str) -> None:
         """
@@ -52,43 +68,36 @@ class Watcher:
         """
         self._store = StageStore(url)
         self._stage = read_stage(self._store)
-        self._passes = {name: PassStatus(name) for name in self._stage["passes"]}
-        self._read: dict[str, set[str]] = {name: set() for name in self._passes}
+        self._passes = self._begin()
         self._seen: deque[tuple[float, int]] = deque()
 
-    def poll(self) -> StageStatus:
-        for status in self._passes.values():
-            self._look(status)
-        finished = self._store.exists(SUMMARY)
-        result = StageStatus(self._stage["stage"], list(self._passes.values()), finished)
-        result.samples_per_s = self._speed(sum(_samples(p.counts) + p.in_work for p in result.passes))
+    def poll(self, *, within_s: float = POLL_WITHIN_S) -> StageStatus:
+        """
+        Args:
+            within_s: time for reading receipts, about; what is not read by then comes with the next look.
+        """
+        summary = self._summary()
+        deadline = time.monotonic() + within_s
+        if summary is None and any(one.ended for one in self._passes):  # it was finished, and is being mended
+            self._passes = self._begin()
+        for one in self._passes:
+            if summary is not None:
+                one.end(summary)
+            else:
+                one.look(deadline)
+        result = StageStatus(self._stage["stage"], [one.status for one in self._passes], summary is not None)
+        if all(one.complete for one in self._passes):  # else it would be the speed of our reading
+            result.samples_per_s = self._speed(sum(_samples(p.counts) + p.in_work for p in result.passes))
         return result
 
-    def _look(self, status: PassStatus) -> None:
-        folder = pass_folder(status.name)
-        if status.items is None:
-            if not self._store.exists(f"{folder}/items.json"):
-                return
-            status.items = len(self._store.read_json(f"{folder}/items.json"))
-        if status.done == status.items:
-            return
-        for name in self._store.names(f"{folder}/done"):
-            if name not in self._read[status.name]:
-                self._read[status.name].add(name)
-                status.counts.update(self._store.read_json(f"{folder}/done/{name}")["counts"])
-        status.done = len(self._read[status.name])
-        status.holders = []
-        for item, generation in leases.held(self._store.names(f"{folder}/leases")).items():
-            found = leases.holder(self._store, f"{folder}/leases", item, generation)
-            if found and f"{item}.json" not in self._read[status.name]:
-                status.holders.append((item, found))
-        status.in_work = sum(holder.samples for _, holder in status.holders)
-        status.failed = {}
-        for name in self._store.names(f"{folder}/failed"):
-            item = name.removesuffix(".json").rpartition(".")[0]
-            if item not in status.failed and f"{item}.json" not in self._read[status.name]:
-                with suppress(FileNotFoundError):  # --retry-failed, meanwhile
-                    status.failed[item] = str(self._store.read_json(f"{folder}/failed/{name}")["why"])
+    def _begin(self) -> "list[_PassWatch]":
+        return [_PassWatch(self._store, name) for name in self._stage["passes"]]
+
+    def _summary(self) -> Json | None:
+        try:
+            return self._store.read_json(SUMMARY)
+        except FileNotFoundError:
+            return None
 
     def _speed(self, samples: int) -> float | None:
         now = time.monotonic()
@@ -97,6 +106,109 @@ class Watcher:
             self._seen.popleft()
         began, before = self._seen[0]
         return (samples - before) / (now - began) if now - began > 1 else None
+
+
+class _PassWatch:
+    def __init__(self, store: StageStore, name: str) -> None:
+        self.status = PassStatus(name)
+        self._store, self._folder = store, pass_folder(name)
+        self.ended = False
+        self._list_at = 0.0
+        self._done: set[str] = set()
+        self._counted: set[str] = set()
+        self._held: dict[str, tuple[float, leases.Holder]] = {}
+        """Item to when its lease was read, and what it said."""
+        self._whys: dict[str, str] = {}
+
+    @property
+    def complete(self) -> bool:
+        """All that is done is counted."""
+        return self.status.counted == self.status.done
+
+    def end(self, summary: Json) -> None:
+        """The stage is finished: its summary has it all."""
+        if self.ended:
+            return
+        self.ended, status = True, self.status
+        status.items = status.done = status.counted = len(self._store.read_json(f"{self._folder}/items.json"))
+        status.counts = Counter(summary["counts"].get(status.name, {}))
+        status.given_up = dict(summary.get("given_up", {}).get(status.name, {}))
+        status.holders, status.in_work, status.failed = [], 0, {}
+
+    def look(self, deadline: float) -> None:
+        status = self.status
+        if status.items is None:
+            try:
+                status.items = len(self._store.read_json(f"{self._folder}/items.json"))
+            except FileNotFoundError:
+                return
+        if status.counted == status.items:
+            return
+        if time.monotonic() >= self._list_at:
+            self._list(deadline)
+        self._count(deadline)
+
+    def _list(self, deadline: float) -> None:
+        began = time.monotonic()
+        self._done = set(self._store.names(f"{self._folder}/done"))
+        self.status.done = len(self._done)
+        held = leases.held(self._store.names(f"{self._folder}/leases"))
+        failed = failures.listed(self._store, self._folder)
+        now = time.monotonic()
+        least = LOCAL_LISTING_S if self._store.is_local else LISTING_S
+        self._list_at = now + max(least, 10 * (now - began))
+        self._hold({item: n for item, n in held.items() if f"{item}.json" not in self._done}, deadline)
+        self._fail({item: files for item, files in failed.items() if f"{item}.json" not in self._done}, deadline)
+
+    def _hold(self, held: Mapping[str, int], deadline: float) -> None:
+        """Where there is not time for all, those of which we have known the longest are asked first."""
+        self._held = {item: seen for item, seen in self._held.items() if item in held}
+        order = sorted(held, key=lambda item: self._held[item][0] if item in self._held else 0.0)
+        folder = f"{self._folder}/leases"
+        for item, holder in _several(lambda i: leases.holder(self._store, folder, i, held[i]), order, deadline):
+            if holder is not None:
+                self._held[item] = (time.monotonic(), holder)
+        self.status.holders = [(item, holder) for item, (_, holder) in sorted(self._held.items())]
+        self.status.in_work = sum(holder.samples for _, holder in self.status.holders)
+
+    def _fail(self, failed: Mapping[str, list[str]], deadline: float) -> None:
+        last = {item: files[-1] for item, files in failed.items()}
+        unread = [file for file in last.values() if file not in self._whys]
+        for file, why in _several(lambda f: failures.reason(self._store, self._folder, f), unread, deadline):
+            self._whys[file] = why
+        self.status.failed = {item: self._whys.get(file, "its reason is not read yet") for item, file in last.items()}
+
+    def _count(self, deadline: float) -> None:
+        status = self.status
+        if self._counted - self._done:  # mended meanwhile
+            self._counted, status.counts, status.given_up = set(), Counter(), {}
+        for name, receipt in _several(self._receipt, sorted(self._done - self._counted), deadline):
+            if receipt is None:
+                continue
+            self._counted.add(name)
+            status.counts.update(receipt["counts"])
+            if (why := receipt.get("given_up")) is not None:
+                status.given_up[receipt["item"]] = why
+        status.counted = len(self._counted)
+
+    def _receipt(self, name: str) -> Json | None:
+        try:
+            return self._store.read_json(f"{self._folder}/done/{name}")
+        except FileNotFoundError:  # mended meanwhile
+            return None
+
+
+def _several(read: Callable[[str], T], names: Iterable[str], deadline: float) -> Iterator[tuple[str, T]]:
+    """Read, some at a time, until it is time to end. What has been asked for is waited for."""
+
+    def begun_in_time() -> Iterator[str]:
+        for name in names:
+            if time.monotonic() >= deadline:
+                return
+            yield name
+
+    for name, future in in_order(read, begun_in_time(), threads=READERS, ahead=READERS):
+        yield name, future.result()
 
 
 def _samples(counts: Mapping[str, int]) -> int:

@@ -22,7 +22,8 @@ from data.images import read_image
 from data.mdsbuild.sidecars import Sidecar
 from data.mdsbuild.stage import BuildStage
 from data.reader import Dataset, open_dataset
-from data.stages.runner import Worker, done_receipts
+from data.stages.receipts import done_receipts
+from data.stages.runner import Worker
 from data.stages.store import StageStore
 from data.stages.workers import run_workers
 from tests.s3_server import s3 as s3  # noqa: PLC0414  a fixture
@@ -126,7 +127,7 @@ def test_photos_to_a_dataset_in_one_command(source: str, folder: Path, tmp_path:
 
     # Again: nothing is done, and nothing else may be built there.
     assert loupe_data("build", source, out, *options).exit_code == 0
-    with pytest.raises(UserError, match="was begun with shard_mib = 1"):
+    with pytest.raises(UserError, match="was begun with --shard-mib = 1, now it is 2; add --overwrite"):
         loupe_data("build", source, out, "--workers", 0, "--shard-mib", 2, "--min-samples-of-a-bucket", 5)
 
 
@@ -196,7 +197,7 @@ def test_sources_and_sidecars_that_are_none(source: str, folder: Path, tmp_path:
         loupe_data("build", source, tmp_path / "o", "--size", 64)
     with pytest.raises(UserError, match="--captions: is for the output of a stage"):
         loupe_data("build", folder, tmp_path / "o", "--captions", "x")
-    with pytest.raises(UserError, match="no output of `loupe data ingest`"):
+    with pytest.raises(UserError, match="no such folder; give the output of `loupe data ingest`"):
         loupe_data("build", f"memory://{tmp_path.name}/nothing", tmp_path / "o")
     with pytest.raises(UserError, match=r"--captions: .* is the output of `ingest`, give that of `recaption`"):
         loupe_data("build", source, tmp_path / "o", "--captions", source, "--workers", 0)

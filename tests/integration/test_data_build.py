@@ -182,7 +182,8 @@ def test_buckets_labels_and_card_of_a_folder(tmp_path: Path) -> None:
         draw(source / f"c{i % 3}" / f"{i:02d}.png", i, shapes[i % 4])
     out = tmp_path / "out"
     result = loupe_data("build", source, out, "--buckets", "2:3,1:1,3:2", "--order-seed", 5)
-    assert "buckets: 2:3 (1 shard), 1:1 (1 shard), 3:2 (1 shard)" in result.output
+    for line in ("2:3: 6 samples in 1 shard", "1:1: 6 samples in 1 shard", "3:2: 12 samples in 1 shard"):
+        assert f"  bucket {line}\n" in result.output
     dataset = open_dataset(str(out), name="x")
     samples = [dataset.read(i) for i in range(24)]
     found = [read_image(s.image).shape[:2] for s in samples]
@@ -259,7 +260,7 @@ def test_sources_without_images(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no usable image .all 1 rejected, the first as missing_file"):
         loupe_data("build", tmp_path / "all-bad", tmp_path / "out")
     draw(tmp_path / "stray" / "a.jpg", 0)
-    with pytest.raises(UserError, match=r"a.jpg: has no text"):
+    with pytest.raises(UserError, match=r"1 without text, such as a.jpg"):
         loupe_data("build", tmp_path / "stray", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -25,7 +25,9 @@ from data.ingest.examine import Filters
 from data.ingest.from_urls import UrlOptions
 from data.ingest.manifests import Columns, slices
 from data.ingest.stage import IngestStage
-from data.stages.runner import Work, Worker, done_receipts, pinned_items
+from data.stages.pinned import pinned_items
+from data.stages.receipts import done_receipts
+from data.stages.runner import Work, Worker
 from data.stages.samples import Row, open_samples, read_shard
 from data.stages.store import StageStore
 from tests.image_server import ImageServer, image_server
@@ -364,7 +366,7 @@ def test_a_folder_with_metadata_by_the_command(tmp_path: Path, shared_dir: Path,
     assert (out / "notices" / "00000-NOTICE").read_bytes() == (folder / "NOTICE").read_bytes()
     again = CliRunner().invoke(cli, ["ingest", str(folder), str(out), "--workers", "0"], catch_exceptions=False)
     assert again.exit_code == 0
-    with pytest.raises(UserError, match="was begun with filters"):
+    with pytest.raises(UserError, match="was begun with --min-side = 1, now it is 64"):
         CliRunner().invoke(
             cli, ["ingest", str(folder), str(out), "--workers", "0", "--min-side", "64"], catch_exceptions=False
         )

@@ -300,8 +300,8 @@ def test_of_a_stage(shared_dir: Path, tmp_path: Path, damage: str) -> None:
         "flip": "its hash is not the receipt's",
         "gone": "is missing, though a receipt names it",
         "short": "its receipt says",
-        "name": "is no name of a stage's file",
+        "name": "is no name of a file of",
         "counts": "its counts are not the sum of its parts'",
     }[damage] in result.output
-    with pytest.raises(UserError, match="are for datasets"):
-        loupe_data("verify", url, "--quarantine")
+    with pytest.raises(UserError, match="--repair: is for datasets"):
+        loupe_data("verify", url, "--repair", tmp_path)

@@ -26,7 +26,8 @@ from data.encode.columns import (
 )
 from data.encode.stage import Encode, LatentsJob, TextJob
 from data.images import read_image
-from data.stages.runner import Worker, done_receipts
+from data.stages.receipts import done_receipts
+from data.stages.runner import Worker
 from data.stages.store import StageStore
 from data.transforms import training_image
 from tests.stored_columns import Captions, Given, emoji, sidecars, write_samples
@@ -380,7 +381,7 @@ def test_the_first_captions_of_each_kind(tmp_path: Path) -> None:
 def test_captions_of_recaption_are_encoded_too(tmp_path: Path) -> None:
     write_samples(str(tmp_path / "in"), captioned(2), shards=1)
     rows = [("0", "detailed", "a lighthouse by the sea"), ("0", "short", "a dog"), ("1", "detailed", "two foxes")]
-    assert Worker(Captions(rows), StageStore(str(tmp_path / "captions"))).run() == []
+    assert Worker(Captions(str(tmp_path / "in"), rows), StageStore(str(tmp_path / "captions"))).run() == []
     job = text_job(write_clip(tmp_path / "m", width=16), captions_per_kind=1)
     encode(str(tmp_path / "in"), str(tmp_path / "out"), text={"text_0": job}, captions=[str(tmp_path / "captions")])
     [sidecar] = sidecars(str(tmp_path / "out"), tmp_path)
@@ -390,7 +391,7 @@ def test_captions_of_recaption_are_encoded_too(tmp_path: Path) -> None:
         for key in ("0", "1")
     }
     assert there == {"0": [TEXTS[0], "fox", "a lighthouse by the sea"], "1": ["fox", "two foxes"]}  # one of each kind
-    with pytest.raises(UserError, match=r"--captions: .* is the output of `ingest`; give that of `recaption`"):
+    with pytest.raises(UserError, match=r"--captions: .* is the output of `ingest`, give that of `recaption`"):
         encode(str(tmp_path / "in"), str(tmp_path / "o"), text={"text_0": job}, captions=[str(tmp_path / "in")])
 
 

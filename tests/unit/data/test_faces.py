@@ -18,7 +18,7 @@ from data.images import encode_image, read_image
 from data.stages.runner import Worker
 from data.stages.samples import Shard, open_samples, read_index
 from data.stages.store import StageStore
-from tests.sample_stage import read_parquets, write_samples
+from tests.sample_stages import read_parquets, write_samples
 from trainer.errors import UserError
 
 PHOTOS = 48
@@ -216,7 +216,7 @@ def test_undecodable_images_do_not_stay(tmp_path: Path) -> None:
 
 def damage(store: StageStore, shard: Shard) -> None:
     """Cut an image short behind ingest's back, receipts mended to fit."""
-    from data.stages.runner import hash_file
+    from data.stages.receipts import hash_file
 
     tar = Path(store.path(shard.tar["name"]))
     data = bytearray(tar.read_bytes())

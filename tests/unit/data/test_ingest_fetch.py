@@ -12,7 +12,7 @@ import pytest
 
 from data.ingest import addresses, fetch
 from data.ingest.addresses import PrivateAddress, is_public, public_socket
-from data.ingest.fetch import Fetcher, FetchError, FetchLimits, public_url
+from data.ingest.fetch import Fetcher, FetchError, FetchLimits
 from tests.image_server import ImageServer, image_server
 from tests.unit.data.conftest import encoded, picture
 
@@ -208,11 +208,3 @@ def test_a_name_that_turns_private_behind_the_resolver(
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) is public
-
-
-def test_credentials_do_not_stay() -> None:
-    assert (
-        public_url("https://me:secret@host.org:8443/a/b.jpg?X-Amz-Signature=abc#d") == "https://host.org:8443/a/b.jpg"
-    )
-    assert public_url("s3://bucket/key.jpg") == "s3://bucket/key.jpg"
-    assert public_url("http://[broken") == ""

@@ -18,7 +18,7 @@ from data.ingest.examine import Filters
 from data.ingest.expand import expand
 from data.ingest.from_urls import UrlOptions
 from data.ingest.manifests import Columns, read_slice, slices
-from data.ingest.ranges import RangeReader, TooLarge, read_object, within
+from data.ingest.ranges import RangeReader, TooLarge, read_object
 from data.ingest.stage import IngestStage
 from data.source import open_source
 from data.stages.runner import Worker
@@ -73,10 +73,8 @@ def test_ranges_are_whole_whatever_comes(unsteady: str, monkeypatch: pytest.Monk
 def test_storage_that_hangs_is_given_up(unsteady: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Unsteady, "hangs", True)
     began = time.monotonic()
-    with pytest.raises(StorageError, match="no answer within"):
+    with pytest.raises(StorageError, match=r"not read within .*no answer in time"):
         RangeReader(unsteady, deadline_s=0.5).read(0, 10)
-    with pytest.raises(TimeoutError):
-        within(lambda: time.sleep(30), 0.2, "sleep")
     assert time.monotonic() - began < 10
 
 

@@ -20,7 +20,6 @@ from data.batches import Batch, BatchRequest, Substitution
 from data.images import read_image
 from data.loader import Loader, LoaderError
 from data.plan import MixSegment, Mixture, SampleRef
-from data.prefetch import Prefetcher
 from data.reader import Dataset, open_dataset
 from data.slots import SlotRef, Slots
 from trainer.errors import UserError
@@ -170,162 +169,6 @@ def test_a_damaged_shard_is_a_one_line_error_from_a_worker_too(make_dataset: Mak
         next(iter(loader.steps(0, 2)))
 
 
-# ---------------------------------------------------------------------------------------------------- bad shards
-
-
-def break_shard(folder: Path, index: int, how: str = "cut") -> None:
-    shard = folder / f"shard.{index:05d}.mds"
-    data = shard.read_bytes()
-    shard.unlink()
-    if how == "cut":
-        shard.write_bytes(data[:-1])
-
-
-@pytest.mark.parametrize(("how", "reason"), [("cut", "damaged_shard"), ("gone", "missing_shard")])
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_shard_is_left_out_and_told_of(
-    make_dataset: MakeDataset, how: str, reason: str, num_workers: int
-) -> None:
-    folder = make_dataset(20, shard_kib=8)
-    break_shard(folder, 1, how)
-    dataset = open_dataset(str(folder), name="x")
-    first, end = int(dataset.shard_sizes[0]), int(dataset.shard_sizes[:2].sum())
-    with make_loader(dataset, num_workers=num_workers) as loader:
-        batches = list(loader.steps(0, 15))
-    made = [s for batch in batches for s in batch.substitutions]
-    assert {s.bad.index for s in made} == set(range(first, end))
-    assert {s.reason for s in made} == {reason}
-    assert not {s.used.index for s in made} & set(range(first, end))
-    used: dict[int, set[int]] = {}
-    for s in made:
-        used.setdefault(s.bad.index, set()).add(s.used.index)
-    assert all(len(indices) == 1 for indices in used.values())  # the same in each epoch and by each worker
-    told = [batch.bad_shards for batch in batches if batch.bad_shards]
-    assert told == [{("x", 1): reason}] * max(num_workers, 1)
-
-
-def test_a_resumed_run_leaves_out_alike_though_storage_was_mended(make_dataset: MakeDataset) -> None:
-    folder = make_dataset(20, shard_kib=8)
-    whole = (folder / "shard.00001.mds").read_bytes()
-    break_shard(folder, 1)
-    straight = list(make_loader(open_dataset(str(folder), name="x")).steps(0, 15))
-    (folder / "shard.00001.mds").write_bytes(whole)
-    mended = open_dataset(str(folder), name="x")
-    resumed = list(make_loader(mended, bad_shards={("x", 1): "damaged_shard", ("gone", 3): "x"}).steps(6, 15))
-    assert [batch.keys for batch in resumed] == [batch.keys for batch in straight[6:]]
-    assert_equal(resumed, straight[6:])
-    assert not any(batch.bad_shards for batch in resumed)  # known already
-    fresh = list(make_loader(open_dataset(str(folder), name="x")).steps(6, 15))
-    assert [batch.keys for batch in fresh] != [batch.keys for batch in resumed]
-
-
-def test_what_ranks_agree_on_reaches_workers_at_the_next_steps(make_dataset: MakeDataset) -> None:
-    dataset = open_dataset(str(make_dataset(20, shard_kib=8)), name="x")
-    shard_2 = set(range(int(dataset.shard_sizes[:2].sum()), int(dataset.shard_sizes[:3].sum())))
-
-    def has_samples_of_it(batch: Batch) -> bool:
-        return any(int(key[2:6]) in shard_2 for key in batch.keys)
-
-    with make_loader(dataset, num_workers=1, prefetch_steps=2) as loader:
-        before, after = [], []
-        for batch in loader.steps(0, 40):
-            if batch.step < 12:
-                before.append(batch)
-            if batch.step == 12:
-                loader.leave_out({("x", 2): "missing_shard"})
-            if batch.step > 12 + 2:  # those were on their way
-                after.append(batch)
-    assert any(map(has_samples_of_it, before))
-    assert not any(map(has_samples_of_it, after))
-    assert {s.reason for batch in after for s in batch.substitutions} == {"missing_shard"}
-
-
-def test_a_replacement_may_lie_in_a_bad_shard_too(make_dataset: MakeDataset) -> None:
-    """Most of a dataset is gone: what is left stands for it."""
-    folder = make_dataset(20, shard_kib=8)
-    dataset = open_dataset(str(folder), name="x")
-    for i in range(1, len(dataset.shards)):
-        break_shard(folder, i)
-    left = int(dataset.shard_sizes[0])
-    batches = list(make_loader(dataset).steps(0, 10))
-    assert {int(key[2:6]) for batch in batches for key in batch.keys} <= set(range(left))
-
-
-# ------------------------------------------------------------------------------------------------------- prefetch
-
-
-class Noted(Dataset):
-    """Keeps which shards were asked for ahead, and how long each takes to come."""
-
-    prepared: list[int]
-    waited: list[int]
-    delay_s = 0.05
-
-    def prepare(self, shard_index: int, *, wait: bool = True) -> bool:
-        (self.waited if wait else self.prepared).append(shard_index)
-        if shard_index not in self._open:
-            time.sleep(self.delay_s)
-        return super().prepare(shard_index, wait=wait)
-
-
-def noted(make_dataset: MakeDataset) -> Noted:
-    dataset = open_dataset(str(make_dataset(40, shard_kib=8)), name="x")
-    dataset.__class__ = Noted
-    assert isinstance(dataset, Noted)
-    dataset.prepared, dataset.waited = [], []
-    return dataset
-
-
-def test_shards_come_before_they_are_needed_and_in_order(make_dataset: MakeDataset) -> None:
-    dataset = noted(make_dataset)
-    mixture = Mixture({"x": dataset.shard_sizes}, seed=5, window_shards=2, segments=[MixSegment(0, {"x": 1})])
-    needed = list(dict.fromkeys(dataset.locate(ref.index)[0] for ref in mixture.refs(0, 40)))
-    with make_loader(dataset, prefetch_shards=4) as loader:
-        for batch in loader.steps(0, 10):
-            if batch.step == 0:
-                time.sleep(1.0)  # a step of training
-                assert dataset.prepared[:4] == needed[:4]
-                assert len(dataset.prepared) <= 4 + 3  # those ahead, and those that the first step needed
-            time.sleep(0.2)
-    assert sorted(set(dataset.prepared)) == sorted(needed)
-    assert len(dataset.waited) <= 3  # of the first step
-
-
-def test_without_prefetching_each_shard_is_waited_for(make_dataset: MakeDataset) -> None:
-    dataset = noted(make_dataset)
-    with make_loader(dataset, prefetch_shards=0) as loader:
-        batches = list(loader.steps(0, 10))
-    assert not dataset.prepared
-    assert sorted(dataset.waited) == list(range(len(dataset.shards)))
-    waited = sum(batch.counts.get(("loupe_data_shard_wait_seconds_total",), 0) for batch in batches)
-    assert waited > 0.04 * len(dataset.shards)
-
-
-def test_prefetching_changes_nothing(make_dataset: MakeDataset) -> None:
-    folder = make_dataset(30, shard_kib=8)
-    break_shard(folder, 2)
-    alone = list(make_loader(open_dataset(str(folder), name="x")).steps(0, 20))
-    with make_loader(open_dataset(str(folder), name="x"), num_workers=2, prefetch_shards=3) as loader:
-        assert_equal(alone, list(loader.steps(0, 20)))
-
-
-def test_a_mistake_in_the_plan_is_raised_in_the_worker(make_dataset: MakeDataset) -> None:
-    dataset = open_dataset(str(make_dataset(5)), name="x")
-
-    def request(step: int) -> BatchRequest:
-        return BatchRequest(step, step, (SampleRef("x", 0 if step < 3 else 99),), 16)
-
-    prefetcher = Prefetcher({"x": dataset}, request, range(10), max_shards=4)
-
-    def wait_for_it() -> None:
-        for _ in range(200):
-            prefetcher.at(0)
-            time.sleep(0.05)
-
-    with pytest.raises(IndexError, match="no sample 99"):
-        wait_for_it()
-
-
 # ------------------------------------------------------------------------------------------------------- workers
 
 
@@ -433,13 +276,13 @@ def test_a_slot_is_of_nobody_else_until_it_is_given_back() -> None:
 def test_batches_are_the_trainers_own(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept and written to while later ones come through the same memory."""
     alone = list(make_loader(dataset).steps(0, 40))
-    slots, unpacked = set(), loader_module._Packed.unpacked
+    slots, unpacked = set(), loader_module.Packed.unpacked
 
     def noted(self: Any, *, pin: bool) -> Batch:
         slots.add(self.slot)
         return unpacked(self, pin=pin)
 
-    monkeypatch.setattr(loader_module._Packed, "unpacked", noted)
+    monkeypatch.setattr(loader_module.Packed, "unpacked", noted)
     kept: list[Batch] = []
     with make_loader(dataset, num_workers=2, prefetch_steps=1) as loader:
         for batch in loader.steps(0, 40):

@@ -23,10 +23,11 @@ from data.recaption.images import InputFormat, input_format, model_input, prepar
 from data.recaption.model import ModelFiles, choose_dtype, find_model, load
 from data.recaption.stage import Recaption
 from data.recaption.text import KINDS, clean, flaw
-from data.stages.runner import Worker, done_receipts
+from data.stages.receipts import done_receipts
+from data.stages.runner import Worker
 from data.stages.store import StageStore
 from tests.florence import write_chatty_model
-from tests.sample_stage import read_parquets, write_samples
+from tests.sample_stages import read_parquets, write_samples
 from trainer.errors import UserError
 
 PROMPTS = list(KINDS)

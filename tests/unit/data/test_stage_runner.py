@@ -11,7 +11,9 @@ import fsspec
 import pytest
 
 from data.stages import leases, runner
-from data.stages.runner import Part, Stopped, Work, Worker, done_receipts, hash_file, retry_failed
+from data.stages.failed import retry_failed
+from data.stages.receipts import done_receipts, hash_file
+from data.stages.runner import Part, Stopped, Work, Worker
 from data.stages.samples import fetch
 from data.stages.status import Watcher
 from data.stages.store import SUMMARY, StageStore, check_claim, claim
@@ -301,19 +303,34 @@ def test_status_tells_what_is_done_failed_and_in_work(tmp_path: Path) -> None:
     assert total.items is None
 
 
-@pytest.mark.parametrize("name", ["../secret", "files/../../secret", "/etc/hostname"])
-def test_a_receipt_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "files/../../secret",
+        "/etc/hostname",
+        "files/ingest/../secret",
+        "files",
+        "files/ingest",
+        "files/ingest/i000",
+        "files/ingest/i000/",
+        "files//i000/x",
+        7,
+    ],
+)
+def test_a_receipt_that_leads_out_of_the_folder_is_refused(name: object, tmp_path: Path) -> None:
     file = {"name": name, "bytes": 1, "xxh64": "0" * 16}
-    with pytest.raises(UserError, match="leads out of the stage's files"):
+    with pytest.raises(UserError, match="is no name of a stage's file"):
         fetch(StageStore(str(tmp_path)), file, tmp_path / "x", 100)
 
 
 def test_a_file_that_changed_since_its_receipt_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files/a").write_bytes(b"abc")
-    file = {"name": "files/a", "bytes": 3, "xxh64": hash_file(tmp_path / "files/a")}
+    path = tmp_path / "files/ingest/i000/a"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"abc")
+    file = {"name": "files/ingest/i000/a", "bytes": 3, "xxh64": hash_file(path)}
     assert fetch(StageStore(str(tmp_path)), file, tmp_path / "x", 100).read_bytes() == b"abc"
-    (tmp_path / "files/a").write_bytes(b"abd")
+    path.write_bytes(b"abd")
     with pytest.raises(UserError, match="is not what its receipt says"):
         fetch(StageStore(str(tmp_path)), file, tmp_path / "x", 100)
 

@@ -338,7 +338,7 @@ def test_the_command(tmp_path: Path) -> None:
     runner = CliRunner()
     result = runner.invoke(index_command, [str(tmp_path / "t")], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "3 samples in 1 tars" in result.output
+    assert "3 samples in 1 tar, " in result.output
     assert "left out: 1, no_image" in result.output
     assert "loupe data index s3://" in runner.invoke(index_command, ["--help"]).output
     os.remove(tmp_path / "t" / "rows" / "0.tar.rows.json")
