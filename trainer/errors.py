@@ -18,6 +18,10 @@ class ExitCode(IntEnum):
     DONE = 0
     USAGE = 2
     """Bad input on the command line, before a job exists."""
+    HANG = 70
+    """No step came within the watchdog's limit; a crash of a kind of its own."""
+    BAD_NODE = 71
+    """The machine is not fit to start on; start me again, elsewhere."""
     REQUEUE = 75
     """Stopped cleanly after saving; start me again."""
     STOP = 93

@@ -100,6 +100,17 @@ CACHE_BYTES = Metric(
 WORKER_DEATHS = Metric(
     "loupe_data_worker_deaths_total", "counter", "Data workers that died, in all starts of this run."
 )
+HANGS = Metric(
+    "loupe_hangs_total", "counter", "Times a watchdog has ended this run because no step came, in all starts."
+)
+OWN_SECONDS = Metric(
+    "loupe_rank_own_seconds",
+    "gauge",
+    "Time a step that this rank takes for itself, before the others and it can go on together: mean of the last window.",
+)
+OWN_RATIO = Metric(
+    "loupe_rank_own_ratio", "gauge", "That time over the median of all ranks; above 1 the others wait for this one."
+)
 CAPTIONS_CUT = Metric("loupe_data_captions_cut_total", "counter", "Captions longer than the text encoder takes.")
 BUILD = Metric("loupe_build", "info", "Version of the code and of torch.")
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.batches import LeftOut, ShardKey
 from data.plan import SampleRef
+from trainer import bad_shards
 
 
 @dataclass
@@ -24,16 +26,17 @@ class Progress:
     passed_over: list[tuple[int, int]] = field(default_factory=list)
     """(step, images) of each roll back: from that step on the stream is so many images further."""
     train_seconds: float = 0.0
-    """Time in training steps, over all attempts; saving and sampling are not counted."""
+    """Time in the steps that stand, over all attempts: not of those that a crash or a roll back has lost, nor of saving and
+    sampling."""
     substitutions: dict[SampleRef, SampleRef] = field(default_factory=dict)
     """Undecodable samples and what stands in for them, so that a resume trains on the very same images."""
-    bad_shards: dict[tuple[str, int], str] = field(default_factory=dict)
-    """(dataset, shard) that could not be read, and why. What stands in for a sample of one follows from the sample and from
-    which shards these are."""
+    bad_shards: dict[ShardKey, LeftOut] = field(default_factory=dict)
+    """That could not be read, why, and from which step on they are left out. What stands in for a sample of one follows from
+    the sample and from which shards these are."""
 
     def to_json(self) -> dict[str, Any]:
         pairs = [[bad.dataset, bad.index, used.dataset, used.index] for bad, used in self.substitutions.items()]
-        shards = [[dataset, shard, reason] for (dataset, shard), reason in self.bad_shards.items()]
+        shards = bad_shards.to_json(self.bad_shards)
         passed_over = [list(item) for item in self.passed_over]
         return {**self.__dict__, "substitutions": pairs, "passed_over": passed_over, "bad_shards": shards}
 
@@ -42,5 +45,5 @@ class Progress:
         pairs = {SampleRef(a, i): SampleRef(b, j) for a, i, b, j in tree["substitutions"]}
         passed_over = [(step, images) for step, images in tree["passed_over"]]
         # absent in checkpoints that were written before there was such a thing
-        shards = {(dataset, shard): reason for dataset, shard, reason in tree.get("bad_shards", [])}
+        shards = bad_shards.from_json(tree.get("bad_shards", []))
         return cls(**{**tree, "substitutions": pairs, "passed_over": passed_over, "bad_shards": shards})

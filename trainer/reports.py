@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -30,11 +31,11 @@ class Reports:
         if self._world.is_main:
             print(text, flush=True)
 
-    def note(self, text: str) -> None:
-        """Something to know before the first step: printed, and recorded, so that the launcher shows it."""
+    def note(self, text: str, **figures: Any) -> None:
+        """Something to know besides the steps: printed, and recorded with its figures, so that the launcher shows it."""
         self.print(text)
         if self._records:
-            self._records.write({"time": time.time(), "note": text})
+            self._records.write({"time": time.time(), "note": text, **figures})
 
     def evaluated(self, step: int, values: Mapping[str, float], words: str) -> None:
         """An evaluation after `step` steps: exported, printed, and recorded apart from the losses; its words are what the
@@ -106,6 +107,7 @@ class Reports:
                 "phase": plan.phase.name,
                 "images": progress.images,
                 "images_per_s": speed,
+                "train_seconds": progress.train_seconds,
                 "learning_rate": plan.learning_rate,
                 "update_ratio": _finite(update_ratio),
                 "gradient_norm": _finite(gradient_norm),

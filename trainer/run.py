@@ -11,9 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.demands import check_classes
 from data.loader import Loader
 from data.reader import Dataset, cache_note, open_dataset, readable
 from trainer import metric_names
+from trainer.actions import Actions
+from trainer.bad_shards import BadShardRecord
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import RunConfig, check_layout, explain_digests, resolve_url, run_digest
 from trainer.config.task import TaskConfig
@@ -29,7 +32,7 @@ from trainer.pictures import loss_curves, sample_grid
 from trainer.preemption import StopRequest
 from trainer.progress import Progress
 from trainer.requests import RankRequests
-from trainer.run_folder import CHECKPOINTS, SUMMARY, RunFolder
+from trainer.run_folder import CHECKPOINTS, HANGS, SUMMARY, RunFolder
 from trainer.step_plan import StepPlanner
 from trainer.stored import stored_columns
 from trainer.stream import plan_stream
@@ -38,10 +41,13 @@ from trainer.tasks.autoencoder import AutoencoderTask
 from trainer.tasks.base import Task
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tasks.latent_network import LatentNetworkTask
-from trainer.trainer import Actions, Trainer
+from trainer.trainer import Trainer
+from trainer.watchdog import Watchdog
 
 _FETCH_SHARE_OF_TIMEOUT = 0.75
 """Of data.timeout_s: a fetch that fails says why before the wait for its batch ends."""
+_PATIENCE_WITH_DATA = 1.5
+"""Times data.timeout_s: the rank that gets no batch says so before the watchdogs of those that wait for it end the job."""
 SAVE_TIMEOUT = timedelta(hours=2)
 """Longest that ranks wait for one another's part of a save in the background."""
 
@@ -56,20 +62,28 @@ TASKS = {
 def run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> ExitCode:
     """Train until done or stopped. After an error the process groups are left as they are: other ranks may never answer."""
     check_layout(config, int(os.environ.get("WORLD_SIZE", 1)))  # before ranks form a mesh that cannot be
-    world = init_world(num_threads=config.parallel.num_threads, replicas=config.parallel.replicas)
-    code = Run(config, folder, world, stop).train()
-    dist.destroy_process_group()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with Watchdog(config.watchdog, folder, rank=rank, size=size) as watchdog:
+        world = init_world(num_threads=config.parallel.num_threads, replicas=config.parallel.replicas)
+        code = Run(config, folder, world, stop, watchdog).train()
+        watchdog.doing("ending")
+        dist.destroy_process_group()
     return code
 
 
 class Run:
     """Everything of one attempt, built and wired."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, world: World, stop: StopRequest) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, world: World, stop: StopRequest, watchdog: Watchdog | None = None
+    ) -> None:
+        """`watchdog`: told what the run does; it ends this process when that takes too long."""
         self.config, self.folder, self.world = config, folder, world
         if world.is_main:
             folder.claim(config)
         self.attempt = world.broadcast(self._register() if world.is_main else 0)
+        if watchdog:
+            watchdog.begin_attempt(self.attempt)
         self.datasets = {
             name: open_dataset(
                 resolve_url(d.url),
@@ -115,7 +129,11 @@ class Run:
             self.records,
             stop,
             Actions(self._at_intervals(), self._write_init_report, self._count_worker_death, self._name_of_shard),
+            BadShardRecord(folder, digest),
+            watchdog,
         )
+        if watchdog and not self._loads_in_this_process():
+            watchdog.never_below(_PATIENCE_WITH_DATA * config.data.timeout_s)
         for warning in warnings:
             self.trainer.reports.note(f"WARNING: {warning}")
         window = config.data.shuffle_window_shards
@@ -143,11 +161,8 @@ class Run:
         warnings = []
         field, num_classes = _classes_of(self.config.task)
         for name, dataset in self.datasets.items():
-            if num_classes and dataset.class_names and len(dataset.class_names) > num_classes:
-                raise UserError(
-                    f"{field}: {num_classes}, but dataset {name} has {len(dataset.class_names)} "
-                    f"classes; set it to {len(dataset.class_names)}"
-                )
+            if num_classes:
+                check_classes(field, num_classes, name, dataset.info)
             # numbered labels have no names: the first sample tells those from none
             if self.config.task.kind == "latent_network" and not dataset.class_names and dataset.read(0).label < 0:
                 raise UserError(
@@ -183,7 +198,9 @@ class Run:
         exporter.of(metric_names.RESTARTS).set(self.attempt)
         if self.world.is_main:
             exporter.of(metric_names.WORKER_DEATHS).inc(len(self.folder.names("worker_deaths")))
-        port = exporter.serve(config.bind_address, config.port + self.world.rank if config.port else 0)
+            exporter.of(metric_names.HANGS).inc(len(self.folder.names(HANGS)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        port = exporter.serve(config.bind_address, config.port + local_rank if config.port else 0)
         host = platform.node() if config.bind_address in ("0.0.0.0", "::") else config.bind_address
         targets = self.world.gather(f"{host}:{port}")
         if self.world.is_main:
@@ -191,9 +208,12 @@ class Run:
             print(f"metrics of rank 0 on http://{targets[0]}/metrics", flush=True)
         return exporter
 
+    def _loads_in_this_process(self) -> bool:
+        """From local files: nothing is fetched, and no wait has a deadline of its own."""
+        return not self.config.data.num_workers and all(dataset.is_local for dataset in self.datasets.values())
+
     def _make_loader(self, planner: StepPlanner, progress: Progress) -> Loader:
         data = self.config.data
-        in_this_process = not data.num_workers and all(dataset.is_local for dataset in self.datasets.values())
         return Loader(
             self.datasets,
             RankRequests(planner, self.world.rank, self.world.size),
@@ -205,8 +225,8 @@ class Run:
             prefetch_steps=data.prefetch_steps,
             timeout_s=data.timeout_s,
             substitutions=progress.substitutions,
-            bad_shards=progress.bad_shards,
-            prefetch_shards=0 if in_this_process else self._prefetch_shards(),
+            left_out=progress.bad_shards,
+            prefetch_shards=0 if self._loads_in_this_process() else self._prefetch_shards(),
             decode=data.decode,
             pin_memory=self.world.device.type == "cuda",
             stored=self.stored,

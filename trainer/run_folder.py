@@ -6,11 +6,16 @@ code/                  snapshot of the code that runs
 attempts/0000.json     one record a start: when, where, on how many ranks
 metrics/0000.jsonl     one line an interval, one file an attempt
 logs/rank-0.log        output of each process
+pods/                  on Kubernetes: how each pod of an attempt ended, and when one last was alive
 checkpoints/           see trainer/checkpoint
 samples/, curves.png   pictures
 evaluation/            an autoencoder's figures, a file an evaluation and final.json
 reconstructions/       what it gave back of some images, at the same steps
+bad_shards.json        shards that could not be read, and from which step on they are left out
 worker_deaths/         one record for each data worker that died
+hangs/                 one record for each start that a watchdog ended
+doctor/                what the check of each machine found before a start; in the work folder
+stacks/                where all threads were then, a file a start and rank
 init_report.json       which weights it began with, where it was not fresh ones
 summary.json           how the run ended
 """
@@ -34,7 +39,10 @@ from trainer.errors import UserError
 CONFIG = "config.yaml"
 JOB = "job.json"
 SUMMARY = "summary.json"
+BAD_SHARDS = "bad_shards.json"
 CHECKPOINTS = "checkpoints"
+HANGS = "hangs"
+STACKS = "stacks"
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}
 FLUSH_S = 10.0
 """Longest that a record waits for storage that cannot append, while records come."""

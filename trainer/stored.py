@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from data.demands import check_column
 from data.encode.columns import LatentsColumn, TextColumn, parse_latents, parse_text
 from data.encode.stored import Stored
 from data.reader import Dataset
@@ -50,12 +51,7 @@ def stored_columns(config: RunConfig, datasets: Mapping[str, Dataset], task: Tas
 
 def _described(field: str, column: str, dataset: Dataset) -> tuple[object, str]:
     """What dataset.json says of a column, and how to call it."""
-    if column not in dataset.info.columns:
-        have = ", ".join(dataset.info.columns) or "none"
-        raise UserError(
-            f"{field}: dataset {dataset.name} has no column {column!r} (it has {have}); encode with `loupe data encode`, and "
-            "give its output to `loupe data build --columns`"
-        )
+    check_column(field, column, dataset.name, dataset.info)
     return dataset.info.columns[column], f"{field}: column {column!r} of dataset {dataset.name}"
 
 

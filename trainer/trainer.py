@@ -2,10 +2,8 @@
 A task knows *what* a step is."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +12,9 @@ from torch import Tensor
 from data.batches import Batch
 from data.loader import Loader, WorkerDied
 from trainer import metric_names, optim, train_state
+from trainer.actions import Actions, Verdict
 from trainer.bad_data import BadData
+from trainer.bad_shards import BadShardRecord
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import InitFromConfig, RunConfig
@@ -22,6 +22,7 @@ from trainer.device_copy import DeviceCopy
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
 from trainer.metrics import Exporter, Stopwatch
+from trainer.micro_batches import split
 from trainer.parallel.agreement import Agreement
 from trainer.parallel.apply import begin_micro_batch, reshard
 from trainer.parallel.world import World
@@ -32,39 +33,17 @@ from trainer.reports import Reports
 from trainer.run_folder import JsonlWriter
 from trainer.spikes import SpikeGuard
 from trainer.step_plan import StepPlan, StepPlanner
+from trainer.stragglers import Stragglers
 from trainer.tasks.base import Task
 from trainer.warm_start import warm_start
-
-
-@dataclass
-class Actions:
-    """What to do between steps, when it is due; at the end of the run it is the caller's turn. Called on every rank."""
-
-    at_intervals: Sequence[tuple[int, Callable[[int], None]]] = ()
-    """Every so many steps, on the averaged weights, given the number of steps done."""
-    on_warm_start: Callable[[dict[str, Any]], None] | None = None
-    """Given the report of what was loaded, once in a run, before its first step."""
-    on_worker_death: Callable[[str], None] | None = None
-    """Given which data worker of this rank died, and of what, before the run ends in that error."""
-    name_of_shard: Callable[[str, int], str] = lambda dataset, shard: f"shard {shard} of {dataset}"
-    """Given the dataset's name and the shard's number; for messages."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the device has decided about a step; read by the host one step late."""
-
-    step: int
-    flags: Readback
-    """skip, spike, recent spikes, gradient norm."""
-    keys: list[str]
-    loss_B: Tensor
+from trainer.watchdog import Watchdog
 
 
 class Trainer:
     def __init__(
         self, config: RunConfig, task: Task, world: World, planner: StepPlanner, checkpoints: CheckpointManager,
         exporter: Exporter, records: JsonlWriter | None, stop: StopRequest, actions: Actions,
+        bad_shards: BadShardRecord | None = None, watchdog: Watchdog | None = None,
     ) -> None:  # fmt: skip
         """`task.module` is sharded already. `records`: where rank 0 writes a line an interval; None on other ranks."""
         self.config, self.task, self.world, self.planner = config, task, world, planner
@@ -80,8 +59,10 @@ class Trainer:
         self._roll_back_due = False
         self._gradient_norm = float("nan")
         self._to_device = DeviceCopy(world.device)
-        self._loader: Loader | None = None
-        self._bad_data = BadData(config.data, world, exporter, self.reports, actions.name_of_shard)
+        self.watchdog = watchdog or Watchdog(None, None)
+        sharded = [task.module, *(module for module, _ in task.frozen_sharded())]
+        self.stragglers = Stragglers(config.metrics, world, self.reports, sharded)
+        self._bad_data = BadData(config.data, world, exporter, self.reports, actions.name_of_shard, bad_shards)
         self._saved_step = -1
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -102,8 +83,8 @@ class Trainer:
         agreement = Agreement(self.world.host_group)
 
         def train() -> ExitCode | None:
+            self._bad_data.recall(self.progress)
             with make_loader(self.planner, self.progress) as loader:
-                self._loader = loader
                 return self._train(loader, agreement)
 
         try:
@@ -120,21 +101,33 @@ class Trainer:
     def _train(self, loader: Loader, agreement: Agreement) -> ExitCode | None:
         """Steps to the end of the schedule or to a request to stop; None where the run is to be rolled back."""
         watch = Stopwatch()
-        first = self.progress.step
+        first, waited = self.progress.step, 0.0
+        own = self.stragglers.own
+        self.watchdog.loading(fresh=True)
         for batch in loader.steps(first, self.total_steps):
-            waited = watch.lap()
+            own.close()
+            self.watchdog.loaded()
+            waited += watch.lap()
+            if not self._bad_data.none_is_new(batch, self.progress, loader):
+                self.watchdog.loading(fresh=True)
+                continue
             if batch.step == first:
                 waited = 0.0  # for workers to start, not for data
             plan = self.planner.plan(batch.step)
+            self.watchdog.stepping(plan.phase_index, batch.images_BCHW.shape, self.task.begins_another_loss(plan))
+            own.open()
             self._train_step(self._to_device(batch), plan)
+            own.close()
             if self._report_is_due(plan) or self._save_is_due(plan):
                 # The wait for the device belongs to the steps. And what a roll back leaves behind is not saved first.
                 self._resolve_pending()
             self._count(batch, plan, waited, watch.lap())
+            waited = 0.0
             if self._roll_back_due:
                 return None
             self._run_due_actions(plan)
             self._note_saved()
+            self.watchdog.doing("agreeing with the other ranks", step=True)
             agreed = agreement.poll(stop=self.stop.received is not None, save_failed=self.checkpoints.failed)
             if "stop" in agreed and self.progress.step < self.total_steps:
                 self.reports.print(
@@ -150,6 +143,8 @@ class Trainer:
             if "save_failed" in agreed:
                 self._finish_save()  # raises what went wrong, on all ranks at this step
             watch.lap()
+            own.open()
+            self.watchdog.loading()
         return ExitCode.DONE
 
     def _train_step(self, batch: Batch, plan: StepPlan) -> None:
@@ -167,6 +162,7 @@ class Trainer:
         if self.spikes and (plan.begins_phase or self.task.begins_another_loss(plan)):
             self.spikes.begin_phase()
         skip, spike, loss = self._judge(terms_B["loss"], norm, self.task.own_gradient_norm(plan))
+        self.stragglers.own.open()
         self.ema.wait_for_copy()
         with self.update_ratio.measured(self._report_is_due(plan)):
             optim.step(self.optimizer, plan.learning_rate, skip)
@@ -209,12 +205,7 @@ class Trainer:
     def _on_non_finite(self, verdict: Verdict) -> None:
         self.progress.skipped_in_a_row += 1
         self.exporter.of(metric_names.STEPS_SKIPPED, "non_finite").inc()
-        finite_B = verdict.loss_B.isfinite().tolist()
-        bad = [key for key, finite in zip(verdict.keys, finite_B, strict=True) if not finite]
-        bad = [key for part in self.world.gather(bad) for key in part]
-        images = (
-            f"images {', '.join(bad[:8])}{' ...' if len(bad) > 8 else ''}" if bad else "the gradient, not one image"
-        )
+        images = verdict.bad_images(self.world)
         self.reports.print(f"step {verdict.step} skipped: non-finite loss or gradient ({images})")
         limit = self.config.optim.max_skipped_in_a_row
         if self.progress.skipped_in_a_row >= limit:
@@ -247,6 +238,7 @@ class Trainer:
             )
         last = self.planner.plan(before.step - 1)
         end = last.position + last.phase.batch_size
+        self.watchdog.doing("waiting for the save before a roll back")
         self._await_earlier_save()
         if not self._restore():
             self.reports.print("too many spikes, and no checkpoint yet to go back to: going on")
@@ -259,7 +251,6 @@ class Trainer:
             self.progress.passed_over.append((self.progress.step, passed))
             self.progress.roll_backs = before.roll_backs + 1
             self.progress.steps_skipped = before.steps_skipped
-            self.progress.train_seconds = before.train_seconds
             self.exporter.of(metric_names.ROLL_BACKS).inc()
             self.reports.print(
                 f"rolled back from step {before.step} to {self.progress.step}, passing over {passed} images"
@@ -278,6 +269,8 @@ class Trainer:
         self._bad_data.add(batch)
         self.exporter.add(batch.counts)
         self.reports.count(progress.step, phase.batch_size, waited, computed)
+        self.stragglers.count(waited + computed)
+        self.watchdog.stepped(progress.step, waited + computed)
 
     def _run_due_actions(self, plan: StepPlan) -> None:
         """Metrics, checkpoint, samples or evaluation: in this order, so that a line about a step is there before the step is
@@ -290,6 +283,7 @@ class Trainer:
             self._save(wait=last or not config.checkpoint.asynchronous)
         due = [action for every, action in self.actions.at_intervals if done % every == 0 and not last]
         if due:
+            self.watchdog.doing("drawing samples or evaluating")
             with self.averaged():
                 for action in due:
                     action(done)
@@ -317,22 +311,24 @@ class Trainer:
 
     def _report(self, plan: StepPlan) -> None:
         self._resolve_pending()
-        self._bad_data.agree(self.progress, self._loader)
+        self._bad_data.agree(self.progress)
         self.reports.tell(
             plan, self.progress, gradient_norm=self._gradient_norm, update_ratio=self.update_ratio.take(),
             captions_cut=self.task.captions_cut,
         )  # fmt: skip
+        self.stragglers.tell()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, *, wait: bool) -> None:
         """Until everything has been copied and may change, or, with `wait`, until the checkpoint is committed."""
         started = time.perf_counter()
+        self.watchdog.doing("saving")
         if wait:
             self._await_earlier_save()
         if self._saved_step == self.progress.step:
             return
-        self._bad_data.agree(self.progress, self._loader)
+        self._bad_data.agree(self.progress)
         self.reports.flush()
         try:
             (self.checkpoints.save if wait else self.checkpoints.begin_save)(
@@ -374,6 +370,7 @@ class Trainer:
 
     def _restore(self) -> bool:
         """From the newest checkpoint; False where there is none."""
+        self.watchdog.doing("restoring")
         restored = self.checkpoints.restore(
             train_state.tensors(self.task, self.ema, self.optimizer, self.spikes),
             on_set_aside=self._on_set_aside,
@@ -387,6 +384,7 @@ class Trainer:
         return True
 
     def _warm_start(self, config: InitFromConfig) -> None:
+        self.watchdog.doing("loading init_from")
         report = warm_start(self.task.module, self.ema, config, self.world)
         self.task.after_warm_start(report.loaded)
         self.progress.init_from = report.source
@@ -400,22 +398,3 @@ class Trainer:
         self.reports.print(
             f"WARNING: checkpoint {path} does not verify and is set aside ({reason}); trying the one before"
         )
-
-
-def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:
-    """The rank's batch in micro-batches that share its memory."""
-    size = len(batch.captions)
-    step = min(micro_batch_size or size, size)
-    return [
-        replace(
-            batch,
-            positions_B=batch.positions_B[i : i + step],
-            images_BCHW=batch.images_BCHW[i : i + step],
-            latents_BCHW=None if batch.latents_BCHW is None else batch.latents_BCHW[i : i + step],
-            captions=batch.captions[i : i + step],
-            labels_B=batch.labels_B[i : i + step],
-            keys=batch.keys[i : i + step],
-            substitutions=batch.substitutions if i == 0 else (),
-        )
-        for i in range(0, size, step)
-    ]

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -58,13 +59,19 @@ def attempts(world: World, folder: Path) -> dict[str, Any]:
     out = {
         "straight": train(world, config(data), str(folder / "straight")),
         "stopped": train(world, config(data), str(folder / "resumed"), stop_after=6),
+        "lost": train(world, config(data), str(folder / "lost"), stop_after=6),
         "too many": train(world, config(data, "data.max_bad_shards=1"), str(folder / "too_many")),
     }
     world.barrier()
     if world.is_main:  # storage is mended while the run stands still
         (data / "shard.00001.mds").write_bytes((folder / "whole" / "shard.00001.mds").read_bytes())
+        shutil.rmtree(folder / "lost" / "checkpoints")
     world.barrier()
-    return {**out, "resumed": train(world, config(data), str(folder / "resumed"))}
+    return {
+        **out,
+        "resumed": train(world, config(data), str(folder / "resumed")),
+        "begun again": train(world, config(data), str(folder / "lost")),
+    }
 
 
 def killed(world: World, folder: Path) -> dict[str, Any]:
@@ -118,12 +125,22 @@ def test_a_run_goes_on_without_them_and_a_resume_repeats_it(runs: tuple[Path, li
     assert losses(str(folder / "resumed")) == losses(str(folder / "straight"))
     for name in ("straight", "resumed"):
         state = state_of(folder / name)
-        assert sorted(state["bad_shards"]) == [["emoji", 1, "missing_shard"], ["emoji", 3, "damaged_shard"]]
+        *found, _ = zip(*state["bad_shards"], strict=True)
+        assert found == [("emoji", "emoji"), (1, 3), ("missing_shard", "damaged_shard")]
         assert state["substitutions"] == []  # by shard, not by sample
         notes = [json.loads(line) for line in (folder / name / "metrics" / "0000.jsonl").read_text().splitlines()]
         told = [note["note"] for note in notes if "note" in note and "shard.00001.mds" in note["note"]]
         assert len(told) == 1
         assert "cannot be read (missing_shard)" in told[0]
+
+
+def test_a_start_from_before_they_were_found_leaves_them_out_from_the_same_step_on(
+    runs: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, ranks = runs
+    assert all(seen["begun again"]["code"] == ExitCode.DONE for seen in ranks)
+    assert losses(str(folder / "lost")) == losses(str(folder / "straight"))
+    assert state_of(folder / "lost")["bad_shards"] == state_of(folder / "straight")["bad_shards"]
 
 
 def test_too_many_end_the_run_and_are_named(runs: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -24,7 +24,8 @@ from trainer.checkpoint.collective import Ranks
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.checkpoint.folder import CheckpointFolder, Entry
 from trainer.checkpoint.host_copy import HostCopy
-from trainer.checkpoint.reading import Whole, check_same_tensors, dcp_errors, load, read_index, read_manifest
+from trainer.checkpoint.manifests import read_manifest
+from trainer.checkpoint.reading import Whole, check_same_tensors, dcp_errors, load, read_index
 from trainer.checkpoint.records import MANIFEST_LIMIT, Index, Manifest, ObjectRecord, commit_for, dump, parse_index
 from trainer.checkpoint.storage import ShardWriter, refuse_all_but_tensors
 from trainer.errors import UserError

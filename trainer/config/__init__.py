@@ -74,6 +74,7 @@ from trainer.config.training import (
     ReconstructionsConfig,
     SamplesConfig,
     SpikeConfig,
+    WatchdogConfig,
 )
 
 __all__ = [
@@ -87,6 +88,6 @@ __all__ = [
     "PerceptualConfig", "PhaseConfig", "PhasePerceptualConfig", "PixArtConfig", "PromptAccuracyConfig",
     "RateScheduleConfig", "ReconstructionsConfig", "ReweightingConfig", "RunConfig", "SampledConfig",
     "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TextConfig", "UNetConfig",
-    "VQModelConfig", "check_layout", "check_shape", "config_digest", "differences",
+    "VQModelConfig", "WatchdogConfig", "check_layout", "check_shape", "config_digest", "differences",
     "differences_in_words", "explain_digests", "replace", "resolve_url", "run_digest", "size_multiple",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from trainer.config.training import (
     PromptAccuracyConfig,
     ReconstructionsConfig,
     SamplesConfig,
+    WatchdogConfig,
 )
 from trainer.errors import UserError
 
@@ -40,6 +41,8 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    watchdog: WatchdogConfig | None = WatchdogConfig()
+    """null: a run that hangs stays, until the timeouts of torch's collectives end it, or nothing does."""
     samples: SamplesConfig | None = None
     """Sample grids at intervals and at the end; latent diffusion only."""
     prompt_accuracy: PromptAccuracyConfig | None = None
@@ -208,7 +211,7 @@ def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...])
 
 # -------------------------------------------------------------------------------------------------- a config as a whole
 
-REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "name")
+REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "name", "watchdog")
 NO_NUMBERS = {
     "data": (
         "num_workers", "prefetch_steps", "prefetch_shards", "timeout_s", "cache_dir", "cache_gib", "max_bad_samples",

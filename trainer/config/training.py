@@ -191,12 +191,32 @@ class CheckpointConfig(Section):
     """Training stands still only while tensors are copied to host memory; the rest is written meanwhile."""
 
 
+class WatchdogConfig(Section):
+    """When a rank that makes no step any more ends, with stacks of all ranks in the run folder, so that the job starts again.
+    A wait for data that has a deadline of its own, data.timeout_s, is left to that."""
+
+    factor: Annotated[float, Field(gt=1)] = 10.0
+    """A step may take so many times the median of the last ones,"""
+    min_s: PositiveFloat = 120.0
+    """but at least so long."""
+    first_step_s: PositiveFloat = 1800.0
+    """What may compile or load: start-up, and the first step of each phase and of each shape of a batch."""
+    between_steps_s: PositiveFloat = 1800.0
+    """Anything between two steps: a save that waits, a restore, samples, an evaluation, the end."""
+
+
 class MetricsConfig(Section):
     every_steps: PositiveInt = 10
     """Steps between two reads of the device's accumulated values."""
+    straggler_ratio: Annotated[float, Field(gt=1)] | None = 1.25
+    """A rank is reported whose own time a step, without its waits for others, is beyond the ranks' median by this factor, in
+    two windows in a row; null: none is."""
+    straggler_steps: PositiveInt = 50
+    """Steps of such a window, at least."""
     bind_address: str = "127.0.0.1"
     port: NonNegativeInt = 0
-    """Port of /metrics on rank 0, the next ones on the others; 0: any free one, written into the run folder."""
+    """Port of /metrics of a machine's first rank, the next ones of its others; 0: any free one, written into the run
+    folder."""
 
 
 class SamplesConfig(Section):

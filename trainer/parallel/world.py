@@ -41,6 +41,14 @@ class World:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is raised on any rank."""
+        if self.size == 1:
+            return flag
+        raised = torch.tensor(int(flag), dtype=torch.uint8)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.host_group)
+        return bool(raised)
+
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
 

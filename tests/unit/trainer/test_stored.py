@@ -18,6 +18,7 @@ from tests.text_models import write_clip, write_t5
 from tests.tiny import tiny
 from trainer.config import FrozenTextConfig, RunConfig, replace, resolve_url
 from trainer.errors import UserError
+from trainer.micro_batches import split
 from trainer.models.autoencoders import Codec
 from trainer.models.frozen_encoder import FrozenEncoder
 from trainer.models.frozen_text import FrozenText
@@ -27,7 +28,6 @@ from trainer.step_plan import StepPlanner
 from trainer.stored import stored_columns
 from trainer.stored_batch import known_states, scaled_latents
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
-from trainer.trainer import split
 
 CPU = torch.device("cpu")
 ONE_SIZE = ("phases.low_resolution.resolution=64", "data.latents=z")

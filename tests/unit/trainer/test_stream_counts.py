@@ -2,6 +2,7 @@
 
 import json
 
+from data.batches import LeftOut
 from data.counts import Counts
 from data.plan import SampleRef
 from trainer import metric_names
@@ -26,9 +27,11 @@ def test_counts_of_workers_are_added_and_gauges_set() -> None:
 
 
 def test_bad_shards_are_saved_and_older_checkpoints_have_none() -> None:
-    progress = Progress(step=3, bad_shards={("photos", 7): "missing_shard"})
+    progress = Progress(step=3, bad_shards={("photos", 7): LeftOut("missing_shard", since=2)})
     progress.substitutions[SampleRef("photos", 1)] = SampleRef("photos", 2)
     tree = json.loads(json.dumps(progress.to_json()))
     assert Progress.from_json(tree) == progress
+    tree["bad_shards"] = [["photos", 7, "missing_shard"]]
+    assert Progress.from_json(tree).bad_shards == {("photos", 7): LeftOut("missing_shard", since=0)}
     del tree["bad_shards"]
     assert Progress.from_json(tree).bad_shards == {}
