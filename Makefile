@@ -3,11 +3,13 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
+IMAGE  ?= localhost/loupe
 SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-long test-gpu
+.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-long test-cluster test-gpu \
+        image image-base image-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -54,8 +56,20 @@ test: setup ## all tests (under 15 minutes on two cores)
 test-long: setup ## experiments and the data chain from end to end, killed workers on S3 (a quarter of an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long
 
+test-cluster: setup ## jobs on a real SLURM with two nodes, and what pods run (needs SLURM's daemons)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m cluster
+
 test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width
 	$(PY) -m pytest -m gpu
+
+image: setup ## build the training image: make image [IMAGE=NAME] [BASE=IMAGE] [WHEELS=FOLDER of wheels that go before the index's]
+	PYTHON=$(PY) BASE="$(BASE)" WHEELS="$(WHEELS)" ops/image/build.sh $(IMAGE)
+
+image-base: ## a Debian to build the image on, where no registry is reached; then: make image BASE=localhost/loupe-base
+	ops/image/base.sh localhost/loupe-base
+
+image-test: setup ## train in the image: unprivileged, read-only, preempted, resumed; what its layers hold (minutes)
+	$(PY) -m ops.image.check $(IMAGE) $(if $(BASE),--base $(BASE))
 
 golden: setup ## record the demo recipe's losses anew, after a change that is meant to change them
 	$(PY) -m tests.golden

@@ -1,50 +1,34 @@
 """The `loupe` command. A composition root: it may import anything, and does so only when a subcommand is used."""
 
-import importlib
 import inspect
 import sys
-import time
-from datetime import datetime, timedelta
 
 import click
 
 from launch.entry import run_command
-from trainer.errors import UserError, one_line
+from launch.lazy_group import LazyGroup
 
 SUBCOMMANDS = {
     "submit": ("launch.slurm:main", "Train a recipe: on SLURM or on this machine."),
+    "job": ("launch.slurm_job.command:job", "Queue any command on SLURM, such as an evaluation."),
     "recipes": ("launch.cli:recipes", "The runs that are there to start from."),
-    "runs": ("launch.cli:runs", "Look at runs: progress, state, where things are."),
+    "runs": ("launch.cli:runs", "A table of runs; show, logs, cancel, resume, export one."),
     "data": ("data.cli:cli", "Build and inspect datasets."),
+    "doctor": ("launch.doctor.command:doctor", "Whether this machine and its storage are fit to train on."),
     "analyze": ("trainer.evaluate.analyze:cli", "Look into autoencoders: latents, decoder maps, gate."),
     "evaluate": ("trainer.evaluate.commands:cli", "Measure what an autoencoder gives back: PSNR, SSIM, LPIPS, ..."),
     "export": ("launch.cli:export", "Write a trained autoencoder, or latent network, as a folder that recipes load."),
-    "experiment": ("launch.experiment:experiment", "Small experiments with a report, on a machine without a GPU."),
+    "experiment": (
+        "launch.experiments.command:experiment",
+        "Small experiments with a report, on a machine without a GPU.",
+    ),
     "train": ("launch.cli:train", "Run one rank in this process; launchers do this for you."),
+    "pod": ("launch.pods.task:pod", "Run a Kubernetes pod's ranks; its manifest does this for you."),
 }
-"""Name: (module:attribute, one line for `--help`, which must not import the module)."""
+"""As `LazyGroup` has them: `loupe --help` and `loupe submit` never import torch."""
 
 
-class LazyGroup(click.Group):
-    """Imports a subcommand when it is used: `loupe --help` and `loupe submit` never import torch."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(SUBCOMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in SUBCOMMANDS:
-            return None
-        module, _, attribute = SUBCOMMANDS[name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in SUBCOMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"max_content_width": 120})
+@click.group(cls=LazyGroup, lazy=SUBCOMMANDS, context_settings={"max_content_width": 120})
 @click.version_option(package_name="loupe")
 def cli() -> None:
     """Loupe: distributed training of text-to-image latent diffusion with the latent perceptual loss."""
@@ -79,68 +63,41 @@ def show_recipe(name: str, overrides: tuple[str, ...]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-@click.group()
+RUNS = {
+    "list": ("launch.runs.list:list_runs", "A table of the runs below a folder; what `loupe runs` alone does."),
+    "show": ("launch.runs.show:show_run", "One run: progress, restarts, checkpoints, where things are."),
+    "watch": ("launch.runs.watch:watch_run", "Follow a run's progress until it ends."),
+    "logs": ("launch.runs.logs:logs", "What all ranks have said, followed."),
+    "cancel": ("launch.runs.cancel:cancel", "Save and end, without coming back; or end at once."),
+    "resume": ("launch.runs.resume:resume", "Submit again, as it was submitted."),
+    "export": ("launch.cli:export", "Write what it has trained as a folder; as `loupe export`."),
+}
+
+
+class RunsGroup(LazyGroup):
+    """`loupe runs` and its options are those of `loupe runs list`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in self.get_help_option_names(ctx)):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=RunsGroup, lazy=RUNS)
 def runs() -> None:
-    """Look at runs."""
+    """Look at runs, stop them, go on with them. A run is named by its folder, its URL, or its name below a root
+    (--root, $LOUPE_RUNS, or ./runs).
 
-
-@runs.command("watch")
-@click.argument("run")
-def watch_run(run: str) -> None:
-    """Follow the run in folder RUN until it ends. Ctrl-C ends the watching only."""
-    from launch.console import display_for, watch, where_things_are
-    from launch.status import end_of
-
-    folder = _existing(run)
-    display = display_for()
-    try:
-        watch(folder, display, lambda: end_of(folder))
-    except KeyboardInterrupt:
-        display.note("no longer watching; the run goes on")
-    for text in where_things_are(folder):
-        display.note(text)
-    display.close()
-
-
-@runs.command("show")
-@click.argument("run")
-def show_run(run: str) -> None:
-    """State, phase, step and restarts of the run in folder RUN."""
-    from launch.console import losses, where_things_are
-    from launch.status import status_of
-
-    folder = _existing(run)
-    status = status_of(folder)
-    facts = {"run": status.name, "state": status.state}
-    if status.last:
-        age = timedelta(seconds=round(time.time() - status.last["time"]))
-        facts |= {
-            "phase": str(status.last["phase"]),
-            "step": f"{status.last['step']} of {status.last['total_steps']}",
-            "losses": losses(status.last),
-            "speed": f"{status.last['images_per_s']:.1f} images/s",
-            "last metrics": f"{datetime.fromtimestamp(status.last['time']):%Y-%m-%d %H:%M:%S} ({age} ago)",
-        }
-    facts["starts"] = str(status.starts)
-    if status.restarts:
-        facts["restarts"] = ", ".join(f"{reason} {count}" for reason, count in status.restarts.items())
-    for name, fact in facts.items():
-        click.echo(f"{name + ':':<14} {fact}")
-    for text in where_things_are(folder):
-        click.echo(text)
-
-
-def _existing(run: str):  # type: ignore[no-untyped-def]  # RunFolder would import fsspec for `--help`
-    from trainer.run_folder import CONFIG, RunFolder
-
-    try:
-        folder = RunFolder(run)
-        found = folder.exists(CONFIG)
-    except (ValueError, ImportError, OSError) as e:
-        raise UserError(f"{run}: {one_line(e)}") from None
-    if not found:
-        raise UserError(f"{run}: no run there (no {CONFIG}); give a run folder such as runs/demo")
-    return folder
+    \b
+    Examples:
+      loupe runs
+      loupe runs --root s3://bucket/runs --all
+      loupe runs show demo
+      loupe runs logs demo --follow
+      loupe runs cancel demo
+      loupe runs resume demo --nodes 4
+      loupe runs export runs/my-autoencoder models/mine
+    """
 
 
 # --------------------------------------------------------------------------------------------------------------- export

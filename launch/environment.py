@@ -4,12 +4,18 @@ What the user's own environment holds (credentials of object storage among it) p
 printed: only this table's variables are.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from trainer.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 15_000, 15_000
 """Rendezvous ports: below Linux's ephemeral range (32768 and up), above what services take."""
+SECRET_NAMES = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
+"""A variable whose name has one of these is not taken on a command line: its value would stand in scripts and records."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,38 @@ def rank_environment(place: Place, inherited: Mapping[str, str] | None = None) -
     return {**inherited, **variables_of(place, inherited)}
 
 
+def given_variables(texts: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` of `--env`, which the script and the run's record show to all.
+
+    Raises:
+        UserError: it is not that, looks like a secret, or is ours to set.
+    """
+    ours = {variable.name for variable in VARIABLES if not variable.keep}
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"--env {text.partition('=')[0]}: write it as NAME=VALUE")
+        if SECRET_NAMES.search(name):
+            raise UserError(f"--env {name}: looks like a secret, and would stand in the job's script and record; export it "
+                            "in the shell that you submit from, SLURM passes it on")  # fmt: skip
+        if not equals:
+            raise UserError(f"--env {name}: write it as NAME=VALUE; what the shell exports is passed on anyway")
+        if name in ours or name.startswith(("SLURM_", "SUBMITIT_", "LOUPE_")):
+            raise UserError(f"--env {name}: is set by the launcher; leave it out")
+        if name in found:
+            raise UserError(f"--env {name}: given twice")
+        if "\n" in value or "\0" in value:
+            raise UserError(f"--env {name}: one line")
+        found[name] = value
+    return found
+
+
 def port_of_job(job_id: int, restart: int) -> int:
     """Rendezvous port of a cluster job. Moves on with each restart: a rank that lingers must not be met again."""
     return FIRST_PORT + (job_id * 7 + restart) % NUM_PORTS
+
+
+def port_of_name(name: str) -> int:
+    """Rendezvous port of a job whose ranks have a network of their own, as pods do, where no other job can collide."""
+    return FIRST_PORT + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % NUM_PORTS

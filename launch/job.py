@@ -1,5 +1,6 @@
 """A job: what is asked for, whether it can run, and its record in the run folder. No torch."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,7 +17,10 @@ from typing import Any
 
 import yaml
 
+from launch.datasets import check_datasets
 from launch.inputs import check_local, inputs
+from launch.pods.heartbeat import is_alive
+from launch.slurm_job.options import SlurmOptions
 from trainer import recipes
 from trainer.config import CODE_ROOT, RunConfig, check_layout
 from trainer.config_text import with_overrides
@@ -24,26 +28,10 @@ from trainer.errors import UserError, one_line
 from trainer.phases import Schedule
 from trainer.run_folder import CONFIG, JOB, RunFolder
 
+MAX_EARLIER_JOBS = 50
+"""Of which `job.json` keeps restarts and end."""
 LOCK = "job.lock"
 """Held by the local supervisor while it lives; the kernel lets go of it whatever the supervisor dies of."""
-
-
-@dataclass(frozen=True)
-class SlurmOptions:
-    """Options of sbatch; None leaves the cluster's own default."""
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time_min: int | None = None
-    """Time limit, in minutes. The job is saved and requeued before it, so it bounds an attempt and not the run."""
-    constraint: str | None = None
-    exclude: str | None = None
-    cpus_per_task: int | None = None
-    mem: str | None = None
-    """Memory per node, in SLURM's notation (64G)."""
-    signal_delay_s: int = 120
-    """Warning before the time limit: the save must fit."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +52,15 @@ class JobSpec:
     """Crashes after which the job is not started again. Preemptions do not count."""
     code_dir: str = ""
     """Where the snapshot of the code goes: on a disk that all nodes see."""
+    include: tuple[str, ...] = ()
+    """Files and folders of the checkout that git does not know and the snapshot holds all the same."""
+    preflight: bool = False
+    """Check each machine before its ranks start, and go on without those that fail."""
     rehearse_preemption: int | None = None
     """Step after which the first attempt is preempted, as a cluster would; local only."""
-    slurm: SlurmOptions = SlurmOptions()
+    slurm: SlurmOptions = dataclasses.field(default_factory=SlurmOptions)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """As given on the command line, by parameter: what `loupe runs resume` submits again."""
 
     def __post_init__(self) -> None:
         if self.cluster not in ("slurm", "local"):
@@ -140,17 +134,18 @@ def load_config(recipe: str, overrides: Sequence[str]) -> RunConfig:
     )
 
 
-def check(spec: JobSpec, config: RunConfig) -> None:
-    """Everything that can be refused before the job exists, the run folder aside.
+def check(spec: JobSpec, config: RunConfig) -> list[str]:
+    """Everything that can be refused before the job exists, the run folder aside; returns warnings to print.
 
     Raises:
-        UserError: layout, a local dataset or codec that is not there, a rehearsal outside of the schedule.
+        UserError: layout, a local dataset or codec that is not there, a dataset without the buckets, captions, labels or
+            columns that the config asks for, a rehearsal outside of the schedule.
     """
     check_layout(config, spec.world_size)
     missing: list[UserError] = []
     for field, url, files in inputs(config):
         try:
-            check_local(field, url, files)
+            check_local(field, url, files, included=spec.include)
         except UserError as e:
             missing.append(e)
     if missing:
@@ -160,16 +155,23 @@ def check(spec: JobSpec, config: RunConfig) -> None:
     if spec.rehearse_preemption is not None and not 0 < spec.rehearse_preemption < total_steps:
         raise UserError(f"--rehearse-preemption {spec.rehearse_preemption}: the run has {total_steps} steps; "
                         f"take 1 to {total_steps - 1}")  # fmt: skip
+    return check_datasets(config)
 
 
 # ------------------------------------------------------------------------------------------------------ the run folder
 
 
-def check_folder(folder: RunFolder, config: RunConfig, *, fresh: bool) -> None:
+def check_folder(
+    folder: RunFolder, config: RunConfig, *, fresh: bool, mend: str = "give another --run-dir, or set the storage keys"
+) -> None:
     """Whether the run folder may be taken; writes nothing.
 
+    Args:
+        mend: what helps where it cannot be looked at.
+
     Raises:
-        UserError: a job lives in it, it holds a run of another config, or something that is not a run.
+        UserError: a job lives in it, it holds a run of another config, or something that is not a run; or storage does not show
+            it.
     """
     try:
         live = live_job(folder)
@@ -185,8 +187,10 @@ def check_folder(folder: RunFolder, config: RunConfig, *, fresh: bool) -> None:
             _check_removable(folder)
         else:
             folder.check(config)
-    except OSError as e:
-        raise UserError(f"{folder.url}: the run folder cannot be read ({e}); give another --run-dir") from None
+    except UserError:
+        raise
+    except Exception as e:  # whatever a storage client raises that knows no keys here, or finds nobody
+        raise UserError(f"--run-dir {folder.url}: cannot be looked at from here ({one_line(e)}); {mend}") from e
 
 
 def _check_removable(folder: RunFolder) -> None:
@@ -223,12 +227,24 @@ def remove_run(folder: RunFolder) -> None:
 
 
 def record_job(folder: RunFolder, spec: JobSpec, **what: Any) -> None:
-    """Write `job.json`: how the run was started, by whom, and from now on every restart and the end."""
+    """Write `job.json`: how the run was started, by whom, and from now on every restart and the end. Of the jobs that had
+    the folder before, it keeps their restarts and ends."""
+    earlier = folder.read_json(JOB) if folder.exists(JOB) else {}
     folder.write_json(JOB, {
         "cluster": spec.cluster, "recipe": spec.recipe, "nodes": spec.nodes, "gpus_per_node": spec.gpus_per_node,
         "cpu": spec.cpu, "max_restarts": spec.max_restarts, "code_dir": spec.code_dir, "work_dir": spec.work_dir,
-        "host": socket.gethostname(), "submitted_at": time.time(), **what, "restarts": [], "ended": None,
+        "host": socket.gethostname(), "submitted_at": time.time(), "options": dict(spec.options), **what,
+        "restarts": [], "ended": None, "stop_s": earlier.get("stop_s"), "earlier": earlier_jobs(folder),
     })  # fmt: skip
+
+
+def earlier_jobs(folder: RunFolder) -> list[dict[str, Any]]:
+    if not folder.exists(JOB):
+        return []
+    job = folder.read_json(JOB)
+    kept = {name: job.get(name) for name in ("cluster", "job_id", "host", "submitted_at", "restarts", "ended")}
+    earlier = job.get("earlier")  # absent in records of earlier versions
+    return [*(earlier if isinstance(earlier, list) else []), kept][-MAX_EARLIER_JOBS:]
 
 
 def update_job(folder: RunFolder, **what: Any) -> None:
@@ -255,17 +271,29 @@ def live_job(folder: RunFolder) -> str | None:
         return None
     job = folder.read_json(JOB)
     if job.get("cluster") == "slurm":
-        state = slurm_state(str(job.get("job_id")))
-        return f"SLURM job {job.get('job_id')} ({state})" if state else None
+        for job_id in slurm_jobs_of(job):
+            state = slurm_state(job_id)
+            if state:
+                return f"SLURM job {job_id} ({state})"
+        return None
+    if job.get("cluster") == "kubernetes":
+        return f"Kubernetes job {job.get('job')}" if not job.get("ended") and is_alive(folder) else None
     name = f"process {job.get('pid')} on {job.get('host')}"
     if folder.is_local:
         return name if _is_locked(folder.path(LOCK)) else None
     if job.get("ended"):
         return None
     if job.get("host") == socket.gethostname():
-        return name if process_start(int(job.get("pid", 0))) == job.get("pid_start") else None
+        started = process_start(int(job.get("pid", 0)))
+        return name if started is not None and started == job.get("pid_start") else None
     raise UserError(f"{folder.url}: started by {name}, which cannot be asked from here; "
                     f"if it is gone, remove {folder.url}/{JOB}")  # fmt: skip
+
+
+def slurm_jobs_of(job: Mapping[str, Any]) -> list[str]:
+    """The SLURM job that `job.json` is of, and those of its chain that may come after it."""
+    current, chain = str(job.get("job_id")), [str(job_id) for job_id in job.get("chain") or ()]
+    return [current, *chain[chain.index(current) + 1 if current in chain else 0 :]]
 
 
 def _is_locked(path: str) -> bool:

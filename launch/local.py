@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from types import FrameType
 from launch.console import Display, Follower, where_things_are
 from launch.environment import Place
 from launch.job import LOCK, JobSpec, process_start, record_job, signal_name, trainer_command
+from launch.log_tails import tails_kept
 from launch.ranks import (
     CRASH_GRACE_S,
     Outcome,
@@ -49,7 +51,27 @@ def run_local(
     with _lock(spec, folder):
         prepare()
         record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
-        return Supervisor(spec, config, folder, display).run()
+        if spec.preflight and (code := _unfit(spec, folder, display)) is not None:
+            return code
+        with tails_kept(spec.run_dir, [log_path(spec.work_dir, rank) for rank in range(spec.world_size)]):
+            return Supervisor(spec, config, folder, display).run()
+
+
+def _unfit(spec: JobSpec, folder: RunFolder, display: Display) -> int | None:
+    """Check this machine, once a submission; the code to end with where it is not fit."""
+    from launch.doctor.preflight import log_check, preflight
+
+    node = re.sub(r"[^A-Za-z0-9._-]", "_", socket.gethostname())[:100] or "here"
+    verdict = preflight(spec.run_dir, spec.work_dir, attempt="local", node=node, ranks=spec.world_size, cpu=spec.cpu)
+    for line in verdict.lines():
+        display.note(f"check before the start: {line}")
+    log_check(log_path(spec.work_dir, 0), node, verdict)
+    if verdict.code is None:
+        return None
+    end_job(folder, int(verdict.code), verdict.why)
+    display.note(f"the run has not started: {verdict.why}")
+    display.close()
+    return int(verdict.code)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.cancellation import CANCELLED, asked_to_cancel
 from launch.environment import Place, rank_environment
 from launch.job import signal_name, update_job
 from trainer.errors import ExitCode
@@ -19,6 +20,14 @@ CRASH_GRACE_S = 10.0
 """One rank has crashed: the others may follow by themselves for so long, since one of them may know the true reason."""
 MAX_RESTARTS_WITHOUT_STEP = 3
 """Restarts in a row without a newer step; more of them would only burn the allocation."""
+BAD_NODE = "bad node"
+"""Reason of a restart for a machine that failed the check before the ranks start; the next start goes without it."""
+CRASHES = ("crash", "hang", BAD_NODE)
+"""Reasons of restarts that count against the budget."""
+NO_STEP_EXPECTED = ("preempted", BAD_NODE)
+"""Reasons that say nothing of whether the run itself gets on: a busy cluster preempts before the first step."""
+HANGS = (ExitCode.HANG, -signal.SIGALRM, 128 + signal.SIGALRM)
+"""How a rank ends that its watchdog has ended; by SIGALRM where its interpreter was stuck too."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,11 +48,11 @@ def start_rank(command: Sequence[str], place: Place, *, attempt: str) -> subproc
         log.flush()
         return subprocess.Popen(
             command, env=rank_environment(place), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=_die_with_parent(os.getpid()),
+            start_new_session=True, preexec_fn=die_with_parent(os.getpid()),
         )  # fmt: skip
 
 
-def _die_with_parent(parent: int) -> Callable[[], None]:
+def die_with_parent(parent: int) -> Callable[[], None]:
     """SIGKILL, not SIGTERM: a rank that went on saving could meet the next start of its own run in the run folder."""
     libc = ctypes.CDLL(None)  # loaded here: the child between fork and exec should allocate as little as possible
 
@@ -87,7 +96,8 @@ def last_line(path: Path, *, max_bytes: int = 16_384) -> str:
 class Outcome:
     """How an attempt ended, over all ranks."""
 
-    kind: Literal["done", "requeue", "stop", "crash"]
+    kind: Literal["done", "requeue", "stop", "crash", "lost"]
+    """`lost`: its machine took it along, without a word."""
     code: int
     rank: int
     """The rank whose code it is; for a crash, of the first that ended."""
@@ -105,6 +115,9 @@ def outcome_of(codes: Mapping[int, int], *, first: int, world_size: int, stop_re
     for rank, code in codes.items():
         if code in (ExitCode.STOP, ExitCode.USAGE):  # one that knows why beats those that only lost their peer
             return Outcome("stop", code, rank)
+    for rank, code in codes.items():
+        if code == ExitCode.BAD_NODE:  # before all others: they are told to stop when this one's task ends
+            return Outcome("crash", code, rank)
     if stop_requested:
         for rank, code in codes.items():
             if code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGUSR2, 128 + signal.SIGUSR2):
@@ -141,12 +154,23 @@ def decide(folder: RunFolder, outcome: Outcome, *, preempted: bool, max_restarts
         return _end(folder, 0, "done")
     if outcome.kind == "stop":
         return _end(folder, int(ExitCode.STOP), f"{last_line(log)} (rank {outcome.rank}; log: {log})")
+    if asked_to_cancel(folder):
+        how = "after saving" if outcome.kind == "requeue" else f"not saved: {name}"
+        return _end(folder, CANCELLED, f"cancelled ({how}); `loupe runs resume` goes on from the newest checkpoint")
     history: list[dict[str, Any]] = folder.read_json(JOB)["restarts"] if folder.exists(JOB) else []
     step = newest_step(folder)
-    reason = "crash" if outcome.kind == "crash" else "preempted" if preempted else "asked by the trainer"
+    reason: str = (
+        outcome.kind if outcome.kind in ("crash", "lost") else "preempted" if preempted else "asked by the trainer"
+    )
+    if outcome.kind == "crash" and outcome.code in HANGS:
+        reason = "hang"
+    if outcome.kind == "crash" and outcome.code == ExitCode.BAD_NODE:
+        reason = BAD_NODE
     if outcome.kind == "crash":
-        name += f": {last_line(log)} (log: {log})"
-        crashes = sum(entry["reason"] == "crash" for entry in history)
+        stuck = outcome.code in HANGS and outcome.code != ExitCode.HANG
+        said = "no step, and native code held the interpreter; its stacks are in the log" if stuck else last_line(log)
+        name += f": {said} (log: {log})"
+        crashes = sum(entry["reason"] in CRASHES for entry in history)
         if crashes >= max_restarts:
             return _end(folder, outcome.code if outcome.code > 0 else 128 - outcome.code,
                         f"{name}; not started again, the budget of {max_restarts} restarts is spent")  # fmt: skip
@@ -154,15 +178,14 @@ def decide(folder: RunFolder, outcome: Outcome, *, preempted: bool, max_restarts
     for entry in reversed(history):
         if entry["step"] != step:
             break
-        unmoved += entry["reason"] != "preempted"
-    if reason != "preempted" and unmoved >= MAX_RESTARTS_WITHOUT_STEP:
+        unmoved += entry["reason"] not in NO_STEP_EXPECTED
+    if reason not in NO_STEP_EXPECTED and unmoved >= MAX_RESTARTS_WITHOUT_STEP:
         return _end(folder, int(ExitCode.STOP), f"{name}; not started again, {MAX_RESTARTS_WITHOUT_STEP} restarts have "
                     f"not brought it past step {step}")  # fmt: skip
     entry = {"reason": reason, "code": outcome.code, "rank": outcome.rank, "step": step, "time": time.time()}
     update_job(folder, restarts=[*history, entry])
-    return Decision(
-        True, int(ExitCode.REQUEUE), name if outcome.kind == "crash" else f"stopped after saving ({reason})"
-    )
+    why = {"crash": name, "lost": f"rank {outcome.rank} was lost"}.get(outcome.kind, f"stopped after saving ({reason})")
+    return Decision(True, int(ExitCode.REQUEUE), why)
 
 
 def _end(folder: RunFolder, code: int, why: str) -> Decision:

@@ -7,32 +7,37 @@ if __name__ == "__main__":  # as a script this folder is on sys.path, where its 
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _here)]
 
+import os
 import shlex
-import shutil
-import subprocess
+from collections.abc import Sequence
+from typing import Any
 
 import click
-import submitit
 
 from launch import snapshot
 from launch.console import display_for
 from launch.entry import run_command
-from launch.environment import Place, variables_of
+from launch.environment import Place, given_variables, variables_of
 from launch.job import (
     JobSpec,
-    SlurmOptions,
     absolute_run_dir,
     check,
     check_folder,
     load_config,
-    record_job,
     remove_run,
     time_limit_min,
     trainer_command,
 )
 from launch.local import run_local
-from launch.slurm_task import SlurmTask
-from trainer.config import RunConfig, replace
+from launch.option_groups import GroupedCommand, option
+from launch.runs.resume import options_of
+from launch.slurm_job.checks import check_time
+from launch.slurm_job.options import LAUNCHERS, RUNTIMES, SlurmOptions, container_of, parse_after
+from launch.slurm_job.queue import fill_folder, submit
+from launch.slurm_job.script import Job, slurm_executor
+from launch.slurm_job.sweep import elements, spec_of_element
+from trainer.config import RunConfig
+from trainer.config import replace as replace_fields
 from trainer.config_text import to_yaml
 from trainer.errors import UserError
 from trainer.run_folder import CONFIG, RunFolder
@@ -44,145 +49,22 @@ Examples:
   python launch/slurm.py demo --cluster slurm --nodes 4 --gpus-per-node 8 --partition train --time 24:00:00
   python launch/slurm.py demo --cluster slurm --nodes 2 --set phases.perceptual.steps=500 --dry-run
   python launch/slurm.py runs/demo/config.yaml --cluster local      (goes on with that run)
+  python launch/slurm.py demo --cluster slurm --array phases.0.learning_rate=1e-4,3e-4 --seeds 4 --at-once 2
+  python launch/slurm.py demo --cluster slurm --time 4:00:00 --chain 5      (SLURM does not requeue)
+  python launch/slurm.py demo --cluster slurm --container /images/loupe.sif --container-runtime apptainer
 """
+ONCE = ("sweeps", "seeds", "at_once", "after")
+"""Meant for one submission: `loupe runs resume` does not repeat them."""
 
 
-class _Executor(submitit.SlurmExecutor):
-    """submitit's, which makes a script also where SLURM is not installed."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        """Without what submitit takes for granted: 5 minutes, and an accounting key of its own name."""
-        unasked = [f"#SBATCH --{name}=" for name in ("time", "wckey") if name not in self.parameters]
-        lines = super()._make_submission_file_text(command, uid).splitlines(keepends=True)
-        return "".join(line for line in lines if not line.startswith(tuple(unasked)))
-
-    def script(self) -> str:
-        """The sbatch script, as it is submitted."""
-        return self._make_submission_file_text(self._submitit_command_str, "")
-
-
-def slurm_executor(spec: JobSpec, config: RunConfig) -> _Executor:
-    """Asks for the job's resources and wraps its tasks; makes no file and calls no command."""
-    options = spec.slurm
-    executor = _Executor(folder=f"{spec.work_dir}/slurm")
-    srun_args = [
-        "--kill-on-bad-exit=1",
-        "--wait=600",
-    ]  # tasks that outlive the others would hold, and drain, their nodes
-    if options.cpus_per_task:
-        srun_args.append(f"--cpus-per-task={options.cpus_per_task}")  # since SLURM 22.05 srun does not take sbatch's
-    parameters = {
-        "job_name": config.name,
-        "nodes": spec.nodes,
-        "ntasks_per_node": spec.gpus_per_node,
-        "gpus_per_node": None if spec.cpu else spec.gpus_per_node,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-        "time": options.time_min,
-        "constraint": options.constraint,
-        "exclude": options.exclude,
-        "cpus_per_task": options.cpus_per_task,
-        "signal_delay_s": options.signal_delay_s,
-        "stderr_to_stdout": True,
-        "srun_args": srun_args,
-        "setup": _setup(spec),
-        "teardown": _teardown(spec),
-    }
-    more: dict[str, object] = {"requeue": True}  # by sbatch's own names
-    if options.mem:
-        more["mem"] = options.mem
-    executor.parameters = {k: v for k, v in parameters.items() if v is not None} | {"additional_parameters": more}
-    return executor
-
-
-def _setup(spec: JobSpec) -> list[str]:
-    """Before the tasks. The task's own launcher comes from the snapshot as well."""
-    return [
-        "trap : TERM USR2  # bash would die of them while the ranks save; srun passes them on to the tasks",
-        f"export PYTHONPATH={shlex.quote(spec.code_dir)} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
-    ]
-
-
-def _teardown(spec: JobSpec) -> list[str]:
-    """After all tasks: requeue or not. 75 is also what `RequeueExit=75` in slurm.conf would requeue on."""
-    arguments = [spec.run_dir, spec.work_dir, str(spec.world_size), str(spec.max_restarts)]
-    end = shlex.join([sys.executable, "-m", "launch.slurm_task", *arguments])
-    return [
-        "code=$?",
-        f'{end} "$code"',
-        "decision=$?",
-        "# no Python on this node, when srun starts the ranks in containers: rank 0's own word",
-        '[ "$decision" -eq 126 ] || [ "$decision" -eq 127 ] && decision=$code',
-        'if [ "$decision" -eq 75 ] && command -v scontrol > /dev/null; then',
-        "  # scancel: SLURM would take the requeue all the same, and the cancelled job would be back",
-        '  [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = COMPLETING ] && exit 143',
-        '  exec scontrol requeue "$SLURM_JOB_ID"',
-        'elif [ "$decision" -eq 75 ]; then',
-        '  echo "no scontrol on this node: requeue job $SLURM_JOB_ID by hand, or set RequeueExit=75 in slurm.conf" >&2',
-        "fi",
-        'exit "$decision"',
-    ]
-
-
-def submit(spec: JobSpec, config: RunConfig, folder: RunFolder, *, fresh: bool) -> str:
-    """Queue the job; returns its id.
-
-    Raises:
-        UserError: SLURM is not here or does not take the job; the run folder cannot be taken. Nothing is queued.
-    """
-    for tool in ("sbatch", "srun", "squeue"):
-        if shutil.which(tool) is None:
-            raise UserError(f"{tool}: not found; submit from a login node of the cluster, or take --cluster local")
-    executor = slurm_executor(spec, config)
-    test_only(executor.script())
-    if fresh:
-        remove_run(folder)
-    _fill_folder(spec, config, folder)
-    task = SlurmTask(
-        spec.run_dir, spec.work_dir, spec.code_dir, spec.gpus_per_node, spec.cpu, config.parallel.num_threads
-    )
-    try:
-        job = executor.submit(task)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
-        raise UserError(f"sbatch: {last_line(str(e))}") from None
-    record_job(folder, spec, job_id=job.job_id)
-    return str(job.job_id)
-
-
-def test_only(script: str) -> None:
-    """Let SLURM itself say whether it would take the job, before anything is written."""
-    result = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f"sbatch: {last_line(result.stderr)}; see --partition, --account, --time and the job's size")
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (
-        lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ") if lines else "no reason given"
-    )
-
-
-def _fill_folder(spec: JobSpec, config: RunConfig, folder: RunFolder) -> None:
-    """The code and the config, before the job that needs them."""
-    taken = snapshot.take(Path(spec.code_dir))
-    folder.claim(config)
-    if not folder.is_local:
-        Path(spec.work_dir).mkdir(parents=True, exist_ok=True)
-        RunFolder(spec.work_dir).write_text(CONFIG, to_yaml(config))
-    for name in taken.untracked:
-        click.echo(f"warning: {name} is not known to git; the job runs its copy", err=True)
-
-
-def dry_run_text(spec: JobSpec, config: RunConfig) -> str:
+def dry_run_text(jobs: Sequence[Job], *, array_dir: str | None, at_once: int | None) -> str:
     """What would be run, and with which config. Of the environment only our variables: the rest may hold secrets."""
+    spec, config = jobs[0].spec, jobs[0].config
     if spec.cluster == "slurm":
-        commands = slurm_executor(spec, config).script()
+        commands = slurm_executor(jobs, array_dir=array_dir, at_once=at_once).script()
+        if spec.slurm.chain:
+            waits = slurm_executor(jobs, successor=True).parameters["dependency"]
+            commands = f"{commands.rstrip()}\n# and {spec.slurm.chain} more, with #SBATCH --dependency={waits}\n"
     else:
         lines = []
         for rank in range(spec.world_size):
@@ -197,43 +79,77 @@ def dry_run_text(spec: JobSpec, config: RunConfig) -> str:
                 " ".join([f"# rank {rank}\n", *settings, shlex.join(trainer_command(spec.run_dir, spec.work_dir))])
             )
         commands = "\n".join(lines) + "\n"
-    return f"{commands}\n# {spec.run_dir}/config.yaml\n{to_yaml(config)}"
+    configs = [f"# {job.spec.run_dir}/config.yaml\n{to_yaml(job.config)}" for job in jobs]
+    return "\n".join([commands, *configs])
 
 
-@click.command(epilog=EXAMPLES, context_settings={"max_content_width": 120, "show_default": True})
+RUN, SLURM, ENVIRONMENT, CONTAINER, SEVERAL = (
+    "Options",
+    "SLURM",
+    "Environment",
+    "Container (SLURM)",
+    "Several jobs (SLURM)",
+)
+
+
+@click.command(cls=GroupedCommand, epilog=EXAMPLES, context_settings={"max_content_width": 120, "show_default": True})
 @click.argument("recipe")
-@click.option("--cluster", type=click.Choice(["slurm", "local"]), required=True,
-              help="Queue on SLURM, or run and supervise on this machine.")  # fmt: skip
-@click.option("--nodes", default=1, help="Nodes.")
-@click.option("--gpus-per-node", default=1, help="Ranks per node, a GPU each.")
-@click.option("--cpu", is_flag=True, help="Ranks without GPUs.")
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE",
-              help="Change a field of the config, such as phases.0.batch_size=64. Repeatable.")  # fmt: skip
-@click.option("--run-dir", metavar="PATH|URL", help="The run folder.  [default: runs/NAME]", show_default=False)
-@click.option("--code-dir", metavar="PATH", show_default=False,
-              help="The job's copy of the code, on a disk that all nodes see.  [default: RUN/code]")  # fmt: skip
-@click.option("--fresh", is_flag=True, help="Remove an earlier run in the run folder first.")
-@click.option("--dry-run", is_flag=True, help="Print what would run, and the config; write nothing.")
-@click.option("--max-restarts", default=5, help="Crashes that are answered by a restart; preemptions do not count.")
-@click.option("--rehearse-preemption", type=int, metavar="STEP",
-              help="Preempt the first attempt after this step, as a cluster would (local).")  # fmt: skip
-@click.option("--partition", help="SLURM: partition.")
-@click.option("--account", help="SLURM: account.")
-@click.option("--qos", help="SLURM: quality of service.")
-@click.option("--time", "time_limit", metavar="TIME", help="SLURM: limit of an attempt, minutes or [D-]HH:MM:SS; the "
-              "job saves and is queued again before it.")  # fmt: skip
-@click.option("--constraint", help="SLURM: features that nodes must have.")
-@click.option("--exclude", help="SLURM: nodes to avoid.")
-@click.option("--cpus-per-task", type=click.IntRange(min=1), help="SLURM: cores per rank.")
-@click.option("--mem", help="SLURM: memory per node, such as 64G.")
-@click.option("--signal-delay", "signal_delay_s", default=120, type=click.IntRange(min=1), metavar="SECONDS",
-              help="SLURM: warning before the time limit; a save must fit.")  # fmt: skip
+@option(RUN, "--cluster", type=click.Choice(["slurm", "local"]), required=True,
+        help="Queue on SLURM, or run and supervise on this machine.")  # fmt: skip
+@option(RUN, "--nodes", default=1, help="Nodes.")
+@option(RUN, "--gpus-per-node", default=1, help="Ranks per node, a GPU each.")
+@option(RUN, "--cpu", is_flag=True, help="Ranks without GPUs.")
+@option(RUN, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
+        help="Change a field of the config, such as phases.0.batch_size=64. Repeatable.")  # fmt: skip
+@option(RUN, "--run-dir", metavar="PATH|URL", help="The run folder.  [default: runs/NAME]", show_default=False)
+@option(RUN, "--code-dir", metavar="PATH", show_default=False,
+        help="The job's copy of the code, on a disk that all nodes see.  [default: RUN/code]")  # fmt: skip
+@option(RUN, "--include", "includes", multiple=True, metavar="FILE|FOLDER",
+        help="Of the checkout, into that copy too, though git does not know it. Repeatable.")  # fmt: skip
+@option(RUN, "--fresh", is_flag=True, help="Remove an earlier run in the run folder first.")
+@option(RUN, "--dry-run", is_flag=True, help="Print what would run, and the config; write nothing.")
+@option(RUN, "--max-restarts", default=5, help="Crashes that are answered by a restart; preemptions do not count.")
+@option(RUN, "--no-preflight", is_flag=True,
+        help="Start without the check of each machine, after which a job goes on without those that fail.")  # fmt: skip
+@option(RUN, "--rehearse-preemption", type=int, metavar="STEP",
+        help="Preempt the first attempt after this step, as a cluster would (local).")  # fmt: skip
+@option(SLURM, "--partition", help="Partition.")
+@option(SLURM, "--account", help="Account.")
+@option(SLURM, "--qos", help="Quality of service.")
+@option(SLURM, "--time", "time_limit", metavar="TIME", help="Limit of an attempt, minutes or [D-]HH:MM:SS; the "
+        "job saves and is queued again before it.")  # fmt: skip
+@option(SLURM, "--constraint", help="Features that nodes must have.")
+@option(SLURM, "--exclude", help="Nodes to avoid.")
+@option(SLURM, "--cpus-per-task", type=click.IntRange(min=1), help="Cores per rank.")
+@option(SLURM, "--mem", help="Memory per node, such as 64G.")
+@option(SLURM, "--signal-delay", "signal_delay_s", default=120, type=click.IntRange(min=1), metavar="SECONDS",
+        help="Warning before the time limit; a save must fit.")  # fmt: skip
+@option(SLURM, "--launcher", type=click.Choice(LAUNCHERS), default="srun",
+        help="A task per rank, or a task per node that runs torchrun.")  # fmt: skip
+@option(ENVIRONMENT, "--env", "env", multiple=True, metavar="NAME=VALUE",
+        help="Into the ranks' environment (SLURM); not for secrets, which the shell exports. Repeatable.")  # fmt: skip
+@option(CONTAINER, "--container", "image", metavar="IMAGE", help="Run the ranks in it; a file, or a name.")
+@option(CONTAINER, "--container-runtime", type=click.Choice(RUNTIMES), default="pyxis",
+        help="Pyxis with enroot, as srun has it, or apptainer.")  # fmt: skip
+@option(CONTAINER, "--container-mount", "mounts", multiple=True, metavar="SRC[:DST[:ro]]",
+        help="Besides the run folder, the code and local data, which are mounted anyway. Repeatable.")  # fmt: skip
+@option(CONTAINER, "--container-python", default="python", metavar="COMMAND", help="The image's.")
+@option(SEVERAL, "--array", "--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES",
+        help="A run for each value, a,b,c or 0-7, in RUN-FIELD-VALUE. Repeatable: all combinations.")  # fmt: skip
+@option(SEVERAL, "--seeds", type=click.IntRange(min=1), metavar="N", help="As --array seed=0-(N-1).")
+@option(SEVERAL, "--at-once", type=click.IntRange(min=1), metavar="N", help="Of an array, at most so many at a time.")
+@option(SEVERAL, "--after", multiple=True, metavar="[any:]JOB",
+        help="Start when JOB has succeeded; with any:, however it ends. Repeatable.")  # fmt: skip
+@option(SEVERAL, "--chain", default=0, metavar="N",
+        help="N more jobs, which go on one after the other where SLURM does not requeue.")  # fmt: skip
 def main(
     recipe: str, cluster: str, nodes: int, gpus_per_node: int, cpu: bool, overrides: tuple[str, ...],
-    run_dir: str | None, code_dir: str | None, fresh: bool, dry_run: bool, max_restarts: int,
-    rehearse_preemption: int | None, partition: str | None, account: str | None, qos: str | None,
+    run_dir: str | None, code_dir: str | None, includes: tuple[str, ...], fresh: bool, dry_run: bool, max_restarts: int,
+    no_preflight: bool, rehearse_preemption: int | None, partition: str | None, account: str | None, qos: str | None,
     time_limit: str | None, constraint: str | None, exclude: str | None, cpus_per_task: int | None, mem: str | None,
-    signal_delay_s: int,
+    signal_delay_s: int, launcher: str, env: tuple[str, ...], image: str | None, container_runtime: str,
+    mounts: tuple[str, ...], container_python: str, sweeps: tuple[str, ...], seeds: int | None, at_once: int | None,
+    after: tuple[str, ...], chain: int,
 ) -> int:  # fmt: skip
     """Train RECIPE: a recipe's name (see `loupe recipes`), or the config.yaml of an earlier run.
 
@@ -241,34 +157,96 @@ def main(
     """
     config = load_config(recipe, overrides)
     run_dir, own_code_dir = absolute_run_dir(run_dir, recipe, config)
+    given = options_of(click.get_current_context())
+    _check_together(given, cluster)
     spec = JobSpec(
         recipe=recipe, run_dir=run_dir, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, cpu=cpu,
         max_restarts=max_restarts, code_dir=str(Path(code_dir).absolute()) if code_dir else own_code_dir,
-        rehearse_preemption=rehearse_preemption,
+        include=snapshot.declared(includes), preflight=not no_preflight, rehearse_preemption=rehearse_preemption,
         slurm=SlurmOptions(
             partition, account, qos, time_limit_min(time_limit) if time_limit else None, constraint, exclude,
-            cpus_per_task, mem, signal_delay_s,
+            cpus_per_task, mem, signal_delay_s, launcher,
+            container_of(image, container_runtime, mounts, container_python), tuple(map(parse_after, after)), chain,
+            given_variables(env),
         ),
+        options={name: value for name, value in given.items() if name not in ONCE},
     )  # fmt: skip
-    folder = RunFolder(run_dir)
-    check_folder(folder, config, fresh=fresh)
-    resumes = not fresh and folder.exists(CONFIG)
-    check(spec, replace(config, init_from=None) if resumes else config)  # what it began with may be gone by now
+    array = bool(sweeps) or seeds is not None
+    if array:
+        parts = elements(sweeps, seeds)
+        jobs = [
+            _job(spec_of_element(spec, part), load_config(recipe, [*overrides, *part.overrides]), fresh=fresh)
+            for part in parts
+        ]
+    else:
+        jobs = [_job(spec, config, fresh=fresh)]
+    for warning in dict.fromkeys(warning for job in jobs for warning in _check(job, fresh=fresh)):
+        click.echo(f"WARNING: {warning}", err=True)
+    array_dir = f"{spec.work_dir}-array" if array else None
     if dry_run:
-        click.echo(dry_run_text(spec, config), nl=False)
+        click.echo(dry_run_text(jobs, array_dir=array_dir, at_once=at_once), nl=False)
         return 0
     if cluster == "local":
-
-        def prepare() -> None:
-            if fresh:
-                remove_run(folder)
-            _fill_folder(spec, config, folder)
-
-        return run_local(spec, config, folder, display_for(), prepare)
-    job_id = submit(spec, config, folder, fresh=fresh)
-    click.echo(f"job {job_id}: {config.name} on {nodes} node(s) x {gpus_per_node}; run folder {run_dir}")
-    click.echo(f"follow it with: loupe runs watch {shlex.quote(run_dir)}")
+        return _run_here(jobs[0], fresh=fresh)
+    ids = submit(jobs, array_dir=array_dir, at_once=at_once, fresh=fresh)
+    for i, job in enumerate(jobs):
+        size = f"{nodes} node(s) x {gpus_per_node}"
+        click.echo(f"job {ids[i]}: {job.config.name} on {size}; run folder {job.spec.run_dir}")
+    if chain:
+        click.echo(f"and {chain} more that go on with it, one after the other: {', '.join(ids[1:])}")
+    look = (
+        "loupe runs --root " + shlex.quote(os.path.dirname(run_dir))
+        if array
+        else f"loupe runs watch {shlex.quote(run_dir)}"
+    )
+    click.echo(f"follow it with: {look}")
     return 0
+
+
+def _check_together(given: dict[str, Any], cluster: str) -> None:
+    """
+    Raises:
+        UserError: options that go with SLURM only, or not with each other.
+    """
+    flags = {
+        "sweeps": "--array", "seeds": "--seeds", "after": "--after", "chain": "--chain", "image": "--container",
+        "launcher": "--launcher", "env": "--env",
+    }  # fmt: skip
+    if cluster != "slurm":
+        for name, flag in flags.items():
+            if given.get(name):
+                raise UserError(f"{flag}: goes with --cluster slurm")
+    array = [name for name in ("sweeps", "seeds") if given.get(name)]
+    if array and given.get("chain"):
+        raise UserError(
+            "--chain: goes with one run; a job of an array is queued again by SLURM, or by `loupe runs resume`"
+        )
+    if given.get("at_once") and not array:
+        raise UserError("--at-once: goes with --array or --seeds")
+
+
+def _job(spec: JobSpec, config: RunConfig, *, fresh: bool) -> Job:
+    folder = RunFolder(spec.run_dir)
+    check_folder(folder, config, fresh=fresh)
+    return Job(spec, config, folder)
+
+
+def _check(job: Job, *, fresh: bool) -> list[str]:
+    """Warnings; raises UserError for what cannot run."""
+    resumes = not fresh and job.folder.exists(CONFIG)
+    if job.spec.cluster == "slurm":
+        check_time(job.spec.slurm, job.folder)
+    # what it began with may be gone by now
+    return check(job.spec, replace_fields(job.config, init_from=None) if resumes else job.config)
+
+
+def _run_here(job: Job, *, fresh: bool) -> int:
+    def prepare() -> None:
+        if fresh:
+            remove_run(job.folder)
+        fill_folder(job.spec, job.config, job.folder)
+
+    return run_local(job.spec, job.config, job.folder, display_for(), prepare)
 
 
 if __name__ == "__main__":

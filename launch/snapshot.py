@@ -6,6 +6,7 @@ import secrets
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,14 +29,19 @@ class Snapshot:
     """The working tree differed from the commit; `SNAPSHOT.patch` is the difference."""
     untracked: tuple[str, ...]
     """Python files of our packages that git does not know. They run, so they are in the copy; the patch lacks them."""
+    included: tuple[str, ...]
+    """What was declared besides: `--include`. The patch lacks it."""
     num_files: int
     num_bytes: int
     taken_at: float
     """Unix time."""
 
 
-def take(destination: Path, *, root: Path = CODE_ROOT) -> Snapshot:
+def take(destination: Path, *, root: Path = CODE_ROOT, include: Sequence[str] = ()) -> Snapshot:
     """Copy the code below `root` to `destination`, whole or not at all; an earlier copy there is replaced.
+
+    Args:
+        include: files and folders to copy besides, relative to `root`, as `declared` gives them.
 
     Raises:
         UserError: the destination lies within the copied code's packages, is not a snapshot of ours, or cannot be
@@ -47,12 +53,14 @@ def take(destination: Path, *, root: Path = CODE_ROOT) -> Snapshot:
     if destination.exists() and not (destination / RECORD).is_file():
         raise UserError(f"--code-dir {destination}: exists and is not a snapshot (no {RECORD}); give another folder")
     commit, dirty, patch, names, untracked = _state(root)
+    names = [*dict.fromkeys([*names, *_files_of(root, include)])]
     temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
     try:
         num_bytes = _copy(root, names, temporary)
         snapshot = Snapshot(
-            "git" if commit else "packages", commit, dirty, tuple(untracked), len(names), num_bytes, time.time()
-        )
+            "git" if commit else "packages", commit, dirty, tuple(untracked), tuple(include), len(names), num_bytes,
+            time.time(),
+        )  # fmt: skip
         if patch:
             (temporary / PATCH).write_bytes(patch)
         (temporary / RECORD).write_text(json.dumps(asdict(snapshot), indent=1) + "\n")
@@ -70,8 +78,40 @@ def take(destination: Path, *, root: Path = CODE_ROOT) -> Snapshot:
     return snapshot
 
 
-def would_hold(path: Path, *, root: Path = CODE_ROOT) -> bool:
-    """Whether a file or folder below `root` would be in a snapshot: git knows it, or there is no git."""
+def declared(paths: Sequence[str], *, root: Path = CODE_ROOT) -> tuple[str, ...]:
+    """The files and folders of `--include`, relative to `root`: there the copy holds them too.
+
+    Raises:
+        UserError: one is not there, or lies outside of the checkout or in .git.
+    """
+    names = []
+    for text in paths:
+        path = Path(text).absolute()
+        if not path.exists():
+            raise UserError(f"--include {text}: not there")
+        real, base = path.resolve(), root.resolve()
+        if not real.is_relative_to(base) or real == base or real.relative_to(base).parts[0] == ".git":
+            raise UserError(f"--include {text}: not a file or folder below {root}; what lies elsewhere goes into the config "
+                            "by its whole path")  # fmt: skip
+        names.append(str(real.relative_to(base)))
+    return tuple(dict.fromkeys(names))
+
+
+def _files_of(root: Path, include: Sequence[str]) -> list[str]:
+    names = []
+    for name in include:
+        if not (root / name).is_dir():
+            names.append(name)
+        for folder, folders, files in os.walk(root / name):
+            folders[:] = sorted(inner for inner in folders if inner != "__pycache__")
+            names += [str(Path(folder, file).relative_to(root)) for file in sorted(files) if not file.endswith(".pyc")]
+    return names
+
+
+def would_hold(path: Path, *, root: Path = CODE_ROOT, included: Sequence[str] = ()) -> bool:
+    """Whether a file or folder below `root` would be in a snapshot: git knows it, or there is no git; or it is `included`."""
+    if any(path.resolve().is_relative_to((root / name).resolve()) for name in included):
+        return True
     if not _is_checkout(root):
         return path.relative_to(root).parts[0] in PACKAGES
     return bool(_git(root, "ls-files", "-z", "--cached", "--", str(path)))

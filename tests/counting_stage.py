@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.stages.runner import Part, Pass, Stage, Work, done_receipts
+from data.stages.receipts import done_receipts
+from data.stages.runner import Part, Pass, Stage, Work
 from data.stages.store import Json, StageStore
 from trainer.errors import UserError
 

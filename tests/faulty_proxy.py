@@ -15,14 +15,15 @@ _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"
 
 @dataclass
 class Fault:
-    """What happens to GETs whose path contains `part`."""
+    """What happens to requests of these methods whose path contains `part`; a query belongs to the path."""
 
     kind: Literal["503", "slow", "late", "hang", "cut", "flip", "403"]
     part: str = ".mds"
     times: int = 1 << 30
     """So often; then the answers are right."""
     amount: float = 0.0
-    """slow: bytes a second; late: seconds before the answer."""
+    """slow: bytes a second; late: seconds before the request goes on to the server."""
+    methods: tuple[str, ...] = ("GET",)
     happened: int = field(default=0, init=False)
     """How often it has happened."""
 
@@ -34,13 +35,19 @@ class Proxy:
         self.released = threading.Event()
         self.requests: list[tuple[str, str]] = []
         """(method, path) of all."""
+        self.answered = 0
+        """Requests that the server has answered."""
         self._lock = threading.Lock()
+
+    def count_answer(self) -> None:
+        with self._lock:
+            self.answered += 1
 
     def fault_of(self, method: str, path: str) -> Fault | None:
         with self._lock:
             self.requests.append((method, path))
             for fault in self.faults:
-                if method == "GET" and fault.part in path and fault.happened < fault.times:
+                if method in fault.methods and fault.part in path and fault.happened < fault.times:
                     fault.happened += 1
                     return fault
         return None
@@ -77,6 +84,7 @@ def faulty_proxy(target: str) -> Iterator[Proxy]:
                 length = answer.getheader("Content-Length") if self.command == "HEAD" else None
             finally:
                 upstream.close()
+            proxy.count_answer()
             self._answer(answer.status, headers, data, fault, length)
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any

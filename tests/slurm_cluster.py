@@ -74,11 +74,15 @@ class SlurmCluster:
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
-    """Start the daemons in `folder`; all of them, and what they run, have ended when the block is left."""
+def slurm_cluster(folder: Path, *, more: str = "") -> Iterator[SlurmCluster]:
+    """Start the daemons in `folder`; all of them, and what they run, have ended when the block is left.
+
+    Args:
+        more: lines for slurm.conf.
+    """
     daemons: list[subprocess.Popen[bytes]] = []
     with _munged(folder) as munge_socket:
-        _write_config(folder, munge_socket)
+        _write_config(folder, munge_socket, more)
         environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH}
         cluster = SlurmCluster(folder, environment)
         try:
@@ -147,7 +151,7 @@ def _munged(log_folder: Path) -> Iterator[Path]:
             process.wait(timeout=10)
 
 
-def _write_config(folder: Path, munge_socket: Path) -> None:
+def _write_config(folder: Path, munge_socket: Path, more: str) -> None:
     host = socket.gethostname()
     controller, *ports = _free_ports(1 + NUM_NODES)
     cpus = len(os.sched_getaffinity(0))
@@ -186,6 +190,7 @@ AccountingStorageType=accounting_storage/none
 {nodes}
 PartitionName=low Nodes=n[1-{NUM_NODES}] Default=YES MaxTime=60 PriorityTier=1 GraceTime={GRACE_S} OverSubscribe=NO
 PartitionName=high Nodes=n[1-{NUM_NODES}] MaxTime=60 PriorityTier=10 OverSubscribe=NO
+{more}
 """)
 
 

@@ -9,10 +9,11 @@ import pytest
 from data.recaption.captioner import Decoding
 from data.recaption.model import find_model
 from data.recaption.stage import Recaption
-from data.stages.runner import Worker, done_receipts
+from data.stages.receipts import done_receipts
+from data.stages.runner import Worker
 from data.stages.store import StageStore
 from tests.florence import write_chatty_model
-from tests.sample_stage import read_parquets, write_samples
+from tests.sample_stages import read_parquets, write_samples
 
 LEASE_S = 1.5
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.stages.store import StageStore
-from launch.job_array import ArrayOptions, submit_array
+from launch.slurm_job.array import ArrayOptions, submit_array
 from tests import slurm_cluster
 from tests.counting_stage import CountingStage, expected, published
 from tests.slurm_cluster import SlurmCluster
@@ -89,19 +89,19 @@ def test_a_job_completes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> 
 
 def test_a_preempted_job_saves_is_queued_again_and_loses_no_step(cluster: SlurmCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
-    job_id = submit(cluster, run_dir, "--partition", "low", "--set", "phases.low_resolution.steps=400")
+    job_id = submit(cluster, run_dir, "--partition", "low", "--set", "phases.low_resolution.steps=250")
     wait_for_steps(cluster, job_id, run_dir, 5)
     other = ["sbatch", "--parsable", "--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
     other_id = cluster.run(*other, "--wrap", "sleep 1")
     cluster.wait_for(other_id, "RUNNING", "COMPLETED", timeout_s=60)
     assert cluster.field(job_id, "Restarts") == "1", logs(run_dir)
     stopped_at = steps_by_attempt(run_dir)[0][-1]
-    assert stopped_at < 412
+    assert stopped_at < 262
     cluster.start_now(job_id)
     wait_for_end(cluster, job_id, run_dir)
     assert [entry["reason"] for entry in job_record(run_dir)["restarts"]] == ["preempted"]
     first, second = steps_by_attempt(run_dir)
-    assert [*first, *second] == list(range(1, 413)), "every step once"
+    assert [*first, *second] == list(range(1, 263)), "every step once"
 
 
 def test_a_cancelled_job_does_not_return(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("trainer", "launch", "data", "ops")
-ROOTS = ("launch.cli", "data.commands", "ops.bench")
+ROOTS = ("launch.cli", "data.cli", "data.commands", "ops.bench")
 """Composition roots: may import anything, lazily, and nothing imports them."""
 LEAVES = (
     "trainer.config", "trainer.config_text", "trainer.errors", "trainer.metric_names", "trainer.phases", "trainer.recipes",
@@ -19,7 +19,10 @@ LIBRARIES_OF_LEAVES = {"pydantic", "yaml", "fsspec"}
 
 ALLOWED = {
     "data": ("data", "trainer.metric_names", "trainer.errors"),
-    "launch": ("launch", *LEAVES),
+    "launch": (
+        "launch", "trainer.checkpoint.errors", "trainer.checkpoint.folder", "trainer.checkpoint.manifests",
+        "trainer.checkpoint.records", "data.deadlines", "data.demands", "data.schema", "data.storage", "data.wds", *LEAVES,
+    ),
     "ops": ("ops", *LEAVES),
     "trainer.diffusion": ("trainer.diffusion", *LEAVES),
     "trainer.models": ("trainer.models", *LEAVES),
@@ -29,6 +32,7 @@ ALLOWED = {
     "trainer": (
         "trainer",
         "data.schema",
+        "data.demands",
         "data.encode.columns",
         "data.encode.stored",
         "data.draws",

@@ -6,7 +6,7 @@ import pytest
 
 from launch.cli import cli
 from launch.entry import run_command
-from launch.experiment_autoencoder import _jobs
+from launch.experiments.autoencoder import _jobs
 from trainer.config import AutoencoderConfig, RunConfig, VQModelConfig
 from trainer.recipes.autoencoder_experiment import FULL, VARIANTS, Photos, chosen, config_of
 

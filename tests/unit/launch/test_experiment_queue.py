@@ -10,7 +10,7 @@ import pytest
 
 from launch.cli import cli
 from launch.entry import run_command
-from launch.experiment_queue import Job, Queue, Stage
+from launch.experiments.queue import Job, Queue, Stage
 from trainer.recipes.lpl_experiment import FULL, PARADIGMS, planned_runs, run_name, variants
 
 

@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from data.commands.stage import StageOptions, command_line, stage_options
-from launch.job_array import ArrayOptions, PodOptions, array_script, job_manifest
+from launch.slurm_job.array import ArrayOptions, PodOptions, array_script, job_manifest
 from trainer.errors import UserError
 
 COMMAND = ["python", "-m", "launch.cli", "data", "ingest", "s3://bucket/raw tars", "s3://bucket/out"]

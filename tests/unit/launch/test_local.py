@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from launch.console import PlainDisplay
-from launch.job import JobSpec, live_job, process_start, record_job
+from launch.job import JobSpec, check_folder, live_job, process_start, record_job
 from launch.local import Supervisor, _lock
 from launch.ranks import log_path
+from tests.tiny import tiny
 from trainer.errors import UserError
 from trainer.recipes import load
 from trainer.run_folder import RunFolder
@@ -189,3 +191,17 @@ def test_the_lock_makes_a_folder_in_use_known_and_a_dead_pid_does_not(tmp_path: 
         with pytest.raises(UserError, match="another job"), _lock(spec, folder):
             pass
     assert live_job(folder) is None
+
+
+def test_a_run_folder_that_nobody_answers_for_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore's errors are of types of its own."""
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+                        "AWS_MAX_ATTEMPTS": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(
+        UserError, match=r"^--run-dir s3://b/run: cannot be looked at from here \(Could not connect"
+    ) as e:
+        check_folder(RunFolder("s3://b/run"), tiny(), fresh=False)
+    assert "\n" not in str(e.value)
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -7,6 +7,7 @@ import pytest
 
 from launch.job import JobSpec, record_job
 from launch.ranks import Outcome, decide, last_line, newest_step, outcome_of
+from trainer.errors import ExitCode
 from trainer.run_folder import RunFolder
 
 
@@ -57,6 +58,16 @@ def test_a_newer_step_starts_the_count_anew(folder: RunFolder, tmp_path: Path) -
         folder.write_text(f"metrics/{step:04d}.jsonl", f'{{"step": {step}}}\n{{"st')
         assert newest_step(folder) == step
         assert decide(folder, Outcome("crash", 1, 0), preempted=False, max_restarts=9, log=tmp_path / "log").restart
+
+
+@pytest.mark.parametrize("code", [ExitCode.HANG, -signal.SIGALRM, 128 + signal.SIGALRM])
+def test_a_hang_is_a_crash_with_its_own_name(folder: RunFolder, tmp_path: Path, code: int) -> None:
+    decision = decide(folder, Outcome("crash", code, 1), preempted=False, max_restarts=1, log=tmp_path / "log")
+    assert decision.restart
+    assert decision.why.startswith("rank 1 ended with ")
+    assert [entry["reason"] for entry in folder.read_json("job.json")["restarts"]] == ["hang"]
+    after = decide(folder, Outcome("crash", 1, 0), preempted=False, max_restarts=1, log=tmp_path / "log")
+    assert not after.restart, "it counts against the budget"
 
 
 def test_a_run_killed_by_a_signal_ends_with_the_shells_code(folder: RunFolder, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def data(tmp_path: Path) -> tuple[str, ...]:
-    """Overrides that name data and a codec which are there; nothing reads them."""
+    """Overrides that name data and a codec which are there; nothing reads more of them than dataset.json."""
     for name, index in (("emoji", "index.json"), ("codec", "config.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / index).write_text("{}")
+    (tmp_path / "emoji" / "dataset.json").write_bytes((CODE_ROOT / "data/assets/emoji_64/dataset.json").read_bytes())
     return (f"data.datasets.emoji.url={tmp_path}/emoji", f"task.codec.url={tmp_path}/codec")
 
 
@@ -98,6 +99,25 @@ def test_weights_to_begin_with_may_be_gone_when_a_run_goes_on(
     assert command(*given, "--fresh")[0] == 2
 
 
+def test_the_dry_run_of_an_array_shows_its_script_and_every_config(command: Command, tmp_path: Path) -> None:
+    code, out, err = command(
+        "--array", "phases.0.learning_rate=1e-4,3e-4", "--seeds", "2", "--at-once", "3", "--dry-run"
+    )
+    assert code == 0, err
+    assert "#SBATCH --array=0-3%3" in out
+    for label in ("1e-4-seed-0", "1e-4-seed-1", "3e-4-seed-0", "3e-4-seed-1"):
+        assert f"/runs/demo-learning_rate-{label}/config.yaml" in out
+    assert (out.count("\nseed: 0\n"), out.count("\nseed: 1\n")) == (2, 2)
+    assert not (tmp_path / "start/runs").exists()
+
+
+def test_help_has_headings(command: Command) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    headings = [line for line in out.splitlines() if line and not line.startswith(" ") and line.endswith(":")]
+    assert headings == ["Options:", "SLURM:", "Environment:", "Container (SLURM):", "Several jobs (SLURM):"]
+
+
 def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
     code, out, _ = command("--cluster", "local", "--nodes", "2", "--gpus-per-node", "2", "--dry-run")
     assert code == 0
@@ -126,6 +146,18 @@ def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
         (("--rehearse-preemption", "5"), "--cluster local"),
         (("--cluster", "local", "--rehearse-preemption", "100000"), "the run has 660 steps"),
         ((), "sbatch: not found"),
+        (("--time", "2"), "--time: 120 s are no longer than the warning"),
+        (("--array", "seed=0,0"), "--array seed=0,0"),
+        (("--array", "sed=0,1"), "did you mean 'seed'"),
+        (("--seeds", "2", "--chain", "1"), "--chain: goes with one run"),
+        (("--at-once", "2"), "--at-once: goes with --array"),
+        (("--chain", "-1"), "--chain -1"),
+        (("--after", "yesterday"), "--after yesterday"),
+        (("--env", "MY_TOKEN=x"), "--env MY_TOKEN"),
+        (("--include", "/etc/passwd"), "--include /etc/passwd"),
+        (("--container-mount", "/a"), "--container-mount: goes with --container"),
+        (("--cluster", "local", "--seeds", "2"), "--seeds: goes with --cluster slurm"),
+        (("--cluster", "local", "--container", "x"), "--container: goes with --cluster slurm"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line_and_nothing_is_written(

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_task
-from launch.job import JobSpec, record_job
-from launch.slurm_task import CANCELLED, end_of_batch, report_exit
+from launch.cancellation import ask_to_cancel
+from launch.job import JobSpec, record_job, slurm_jobs_of, update_job
+from launch.slurm_job import task as slurm_task
+from launch.slurm_job.task import CANCELLED, end_of_batch, ended_before_us, report_exit
 from trainer.errors import UserError
 from trainer.run_folder import RunFolder
 
 TASK = """
-import sys, launch.slurm_task as slurm_task
+import sys, launch.slurm_job.task as slurm_task
 run_dir, stand_in, *arguments = sys.argv[1:]
 slurm_task.trainer_command = lambda *_: [sys.executable, stand_in, "--run-dir", run_dir, *arguments]
 slurm_task.CRASH_GRACE_S = 0.1
@@ -104,6 +105,76 @@ def test_a_crash_uses_up_the_budget(run_dir: str) -> None:
 def test_no_word_from_any_rank_is_a_crash(run_dir: str) -> None:
     assert end(run_dir, 0, max_restarts=0) == 1
     assert end(run_dir, 9, max_restarts=0) == 9
+
+
+def test_the_longest_stop_is_kept_for_the_next_submission(run_dir: str) -> None:
+    report_exit(run_dir, 0, 75, stop_requested=True, stop_s=12.5)
+    report_exit(run_dir, 1, 75, stop_requested=True, stop_s=3.0)
+    assert end(run_dir, 75) == 75
+    folder = RunFolder(run_dir)
+    assert folder.read_json("job.json")["stop_s"] == 12.5
+    record_job(folder, JobSpec("demo", run_dir, "slurm", code_dir="/code"), job_id="13")
+    assert folder.read_json("job.json")["stop_s"] == 12.5
+
+
+def test_an_arrays_job_asks_for_itself_and_not_for_the_array(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    asked: list[str] = []
+
+    def state(job_id: str) -> str:
+        asked.append(job_id)
+        return "RUNNING"
+
+    monkeypatch.setattr(slurm_task, "slurm_state", state)
+    report_exit(run_dir, 0, 75, stop_requested=True)
+    assert end(run_dir, 75) == 75
+    assert asked == ["10_2"]
+
+
+def test_the_decision_is_left_in_a_file(run_dir: str) -> None:
+    report_exit(run_dir, 0, 75, stop_requested=True)
+    assert slurm_task.main([run_dir, run_dir, "2", "5", "137"]) == 75
+    assert Path(run_dir, "slurm/exits/12.0/decision").read_text() == "75\n"
+
+
+def chain(run_dir: str, *jobs: str) -> RunFolder:
+    folder = RunFolder(run_dir)
+    update_job(folder, chain=list(jobs))
+    return folder
+
+
+def test_a_later_job_of_a_chain_takes_the_run_over_or_finds_it_ended(run_dir: str) -> None:
+    folder = RunFolder(run_dir)
+    assert not ended_before_us(folder, "13", is_main=True)
+    assert folder.read_json("job.json")["job_id"] == "12", "not of a chain"
+    chain(run_dir, "12", "13", "14")
+    assert not ended_before_us(folder, "13", is_main=False)
+    assert folder.read_json("job.json")["job_id"] == "12"
+    assert not ended_before_us(folder, "13", is_main=True)
+    job = folder.read_json("job.json")
+    assert job["job_id"] == "13"
+    assert slurm_jobs_of(job) == ["13", "14"]
+    ask_to_cancel(folder, job)
+    assert ended_before_us(folder, "14", is_main=True)
+    (Path(run_dir) / "cancel.json").unlink()
+    assert not ended_before_us(folder, "14", is_main=True)
+    update_job(folder, ended={"code": 93})
+    assert ended_before_us(folder, "14", is_main=True)
+
+
+def test_a_chain_says_when_it_is_at_its_end(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = chain(run_dir, "11", "12", "13")
+    report_exit(run_dir, 0, 75, stop_requested=True)
+    assert end(run_dir, 75) == 75
+    assert "the next job of the chain goes on" in capsys.readouterr().out
+    assert folder.read_json("job.json")["ended"] is None
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    report_exit(run_dir, 0, 75, stop_requested=True)
+    assert end(run_dir, 75) == 75
+    assert "the chain is at its end" in folder.read_json("job.json")["ended"]["why"]
 
 
 def test_without_squeue_the_decision_is_made_all_the_same(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.snapshot import PACKAGES, PATCH, RECORD, take, would_hold
+from launch.snapshot import PACKAGES, PATCH, RECORD, declared, take, would_hold
 from trainer.errors import UserError
 
 
@@ -102,3 +102,21 @@ def test_knows_what_git_would_leave_out(checkout: Path) -> None:
     assert not would_hold(checkout / "data/assets", root=checkout)
     git(checkout, "add", "data/assets")
     assert would_hold(checkout / "data/assets", root=checkout)
+
+
+def test_holds_what_was_declared_though_git_does_not_know_it(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "runs/weights").mkdir(parents=True)
+    (checkout / "runs/weights/a.bin").write_text("a")
+    (checkout / "notes.txt").write_text("not code")
+    include = declared([str(checkout / "runs/weights"), str(checkout / "notes.txt")], root=checkout)
+    assert include == ("runs/weights", "notes.txt")
+    assert not would_hold(checkout / "runs/weights", root=checkout)
+    assert would_hold(checkout / "runs/weights/a.bin", root=checkout, included=include)
+    snapshot = take(tmp_path / "code", root=checkout, include=include)
+    assert (tmp_path / "code/runs/weights/a.bin").read_text() == "a"
+    assert (tmp_path / "code/notes.txt").exists()
+    assert snapshot.included == include
+    (checkout / "link").symlink_to("/etc")
+    for bad in ("nowhere", ".git/config", "link", "."):
+        with pytest.raises(UserError, match="--include"):
+            declared([str(checkout / bad)], root=checkout)

@@ -7,12 +7,12 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.slurm import last_line, test_only
+from launch.slurm_job.queue import last_line, test_only
+from trainer.config import CODE_ROOT
 from trainer.errors import ExitCode, UserError
 
 SIGNAL_S = 60
@@ -71,7 +71,7 @@ def array_script(command: Sequence[str], *, name: str, options: ArrayOptions, co
 
 def script_here(command: Sequence[str], *, name: str, options: ArrayOptions) -> str:
     """The script, for the code that runs now."""
-    return array_script(command, name=name, options=options, code_dir=str(Path(__file__).resolve().parents[1]))
+    return array_script(command, name=name, options=options, code_dir=str(CODE_ROOT))
 
 
 def submit_array(command: Sequence[str], *, name: str, options: ArrayOptions) -> str:
@@ -97,11 +97,37 @@ def submit_array(command: Sequence[str], *, name: str, options: ArrayOptions) ->
 
 
 @dataclass(frozen=True)
+class Volume:
+    """A PersistentVolumeClaim and where pods see it: at the path where it is mounted here."""
+
+    claim: str
+    path: str
+
+    def holds(self, path: str) -> bool:
+        return path == self.path or path.startswith(f"{self.path.rstrip('/')}/")
+
+
+def parse_volume(text: str) -> Volume:
+    """`CLAIM:/path`.
+
+    Raises:
+        UserError: it is not that.
+    """
+    claim, _, path = text.partition(":")
+    plain = path.startswith("/") and os.path.normpath(path) == path and path not in ("/", "/tmp")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim) or not plain or ":" in path:
+        raise UserError(f"--volume-claim {text}: write the name of a PersistentVolumeClaim and where it is mounted, as "
+                        "CLAIM:/path")  # fmt: skip
+    return Volume(claim, path)
+
+
+@dataclass(frozen=True)
 class PodOptions:
     image: str
     namespace: str | None = None
     secret: str | None = None
     """Whose keys become environment variables, such as those of object storage."""
+    volumes: Sequence["Volume"] = ()
 
 
 def job_manifest(command: Sequence[str], *, name: str, options: ArrayOptions, pod: PodOptions) -> str:
@@ -117,12 +143,16 @@ def job_manifest(command: Sequence[str], *, name: str, options: ArrayOptions, po
     limits = dict(resources)
     if options.gpus_per_task:
         limits["nvidia.com/gpu"] = str(options.gpus_per_task)
+    mounts, volumes = [{"name": "scratch", "mountPath": "/tmp"}], [{"name": "scratch", "emptyDir": {}}]
+    for number, volume in enumerate(pod.volumes):
+        mounts.append({"name": f"claim-{number}", "mountPath": volume.path})
+        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": volume.claim}})
     container: dict[str, Any] = {
         "name": "worker",
         "image": pod.image,
         "command": list(command),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+        "volumeMounts": mounts,
     }
     if limits:
         container["resources"] = {"requests": resources, "limits": limits}
@@ -144,7 +174,7 @@ def job_manifest(command: Sequence[str], *, name: str, options: ArrayOptions, po
                     "terminationGracePeriodSeconds": SIGNAL_S,
                     "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
                     "containers": [container],
-                    "volumes": [{"name": "scratch", "emptyDir": {}}],
+                    "volumes": volumes,
                 }
             },
         },

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from launch.experiment_display import display_for
-from launch.experiment_queue import Job, Queue, Stage
+from launch.experiments.display import display_for
+from launch.experiments.queue import Job, Queue, Stage
 from trainer.config import CODE_ROOT, RunConfig
 from trainer.config_text import to_yaml
 from trainer.errors import ExitCode, UserError

@@ -2,8 +2,8 @@
 
 import click
 
-from launch.experiment_autoencoder import autoencoder
-from launch.experiment_lpl import lpl
+from launch.experiments.autoencoder import autoencoder
+from launch.experiments.lpl import lpl
 
 
 @click.group()

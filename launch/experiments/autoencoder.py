@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from launch.experiment_jobs import (
+from launch.experiments.jobs import (
     START_S,
     check_plan,
     claim,
@@ -22,7 +22,7 @@ from launch.experiment_jobs import (
     weights_options,
     write_page,
 )
-from launch.experiment_queue import Job, Stage
+from launch.experiments.queue import Job, Stage
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.recipes.autoencoder_experiment import (

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from launch.console import MetricsTail
-from launch.experiment_queue import Job, Queue, Watcher
+from launch.experiments.queue import Job, Queue, Watcher
 from trainer.run_folder import RunFolder
 
 

@@ -1,0 +1,1 @@
+"""`loupe experiment`: many runs, compared."""

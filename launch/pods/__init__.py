@@ -1,0 +1,1 @@
+"""What runs in Kubernetes: manifests, and the processes of a pod."""

@@ -1,0 +1,1 @@
+"""`loupe runs`: looking after runs, from their folders."""

@@ -1,0 +1,1 @@
+"""Jobs of SLURM: their scripts, and what runs within them."""
