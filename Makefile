@@ -8,7 +8,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-long test-cluster test-gpu \
+.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-slow test-long test-cluster test-gpu \
         image image-base image-test
 
 help: ## this list
@@ -52,6 +52,9 @@ demo-autoencoder: setup ## train the shipped autoencoder again and put it in its
 
 test: setup ## all tests (under 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (six minutes on two cores; CI runs it too)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile
 
 test-long: setup ## experiments and the data chain from end to end, killed workers on S3 (a quarter of an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long

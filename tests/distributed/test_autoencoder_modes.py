@@ -17,6 +17,8 @@ from trainer.models.reconstruction import build_autoencoder
 from trainer.parallel.world import World
 from trainer.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 ALONE = ("task.discriminator=null", "optim.weight_decay=0.1")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

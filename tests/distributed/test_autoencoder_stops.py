@@ -19,6 +19,8 @@ from trainer.tasks import autoencoder
 from trainer.tasks.autoencoder import AutoencoderTask
 from trainer.tensors import full
 
+pytestmark = pytest.mark.slow
+
 ALL_STATES = (RUNNING_MEANS, "task.discriminator.norm=spectral", "checkpoint.every_steps=3")
 """Codes that are means and begin again, and buffers of spectral norms, which move in every step."""
 POISONED = {4: "gradient", 5: "loss", 6: "weights"}

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import torch
 
 from tests.distributed.harness import run_ranks
 from trainer.config import CODE_ROOT
 from trainer.parallel.world import World
+
+pytestmark = pytest.mark.slow
 
 
 def both_ways(world: World) -> dict[str, Any]:

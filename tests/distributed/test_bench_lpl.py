@@ -15,6 +15,8 @@ from trainer.config import CODE_ROOT
 from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder
 
+pytestmark = pytest.mark.slow
+
 NARROW = {"block_out_channels": CUT_WIDTHS, "norm_num_groups": 4, "layers_per_block": 1}
 
 

@@ -12,6 +12,8 @@ from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 STRETCH = ("task.model.position_growth=stretch", "task.model.base_grid=4")
 VARIANTS = {
     "extend": (),

@@ -28,6 +28,8 @@ from trainer.recipes import load
 from trainer.run_folder import RunFolder
 from trainer.tasks.latent_network import LatentNetworkTask
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 EMOJI = "repo://data/assets/emoji_64"
 

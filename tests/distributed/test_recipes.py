@@ -112,6 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return root, run_ranks(1, train_all, root)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_three_steps_with_widths_cut(name, trained) -> None:
     root, results = trained

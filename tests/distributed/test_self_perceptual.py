@@ -26,6 +26,8 @@ from trainer.parallel.world import World
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tensors import full
 
+pytestmark = pytest.mark.slow
+
 SHORT = (
     "phases.low_resolution.steps=1",
     "phases.full_resolution.steps=1",

@@ -12,6 +12,8 @@ from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 STEPS = 48
 SLOW_S = 0.15
 SETTINGS = (

@@ -144,6 +144,7 @@ def test_pictures_do_not_disturb_training(runs) -> None:
     assert len(list((folder / "many_pictures" / "samples").iterdir())) == 6
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_trained_and_exported_for_diffusers(runs, tmp_path) -> None:
     folder, codes = runs
     assert codes["autoencoder"] == ExitCode.DONE

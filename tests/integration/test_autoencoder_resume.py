@@ -2,9 +2,13 @@
 
 import signal
 
+import pytest
+
 from tests.integration.test_resume import at_step, finish, start, trace
 from tests.stage1 import RUNNING_MEANS, checkpoint, stage1, unequal
 from trainer.errors import ExitCode
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_killed_run_repeats_from_its_checkpoint_bit_equal(tmp_path) -> None:

@@ -5,6 +5,8 @@ import pytest
 
 from tests import golden
 
+pytestmark = pytest.mark.slow
+
 
 def test_losses_are_those_on_record() -> None:
     found, expected = golden.measure(), golden.recorded()

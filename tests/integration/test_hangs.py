@@ -18,6 +18,8 @@ from trainer.config import CODE_ROOT
 from trainer.config_text import to_yaml
 from trainer.run_folder import CONFIG, RunFolder
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 5.0
 CONFIGURED = tiny(
     f"watchdog={{factor: 10, min_s: {LIMIT_S}, first_step_s: 90, between_steps_s: 90}}",

@@ -87,6 +87,7 @@ def test_a_job_completes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> 
     assert (attempt["world_size"], attempt["job_id"]) == (2, job_id)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_is_queued_again_and_loses_no_step(cluster: SlurmCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
     job_id = submit(cluster, run_dir, "--partition", "low", "--set", "phases.low_resolution.steps=250")

@@ -438,7 +438,7 @@ def test_the_command(tmp_path: Path, codec: Codec) -> None:
     latents = stored(str(tmp_path / "out"), tmp_path, column)
     torch.testing.assert_close(latents["0002"], by_itself(codec, emoji(3)[2][1])[:4], rtol=1e-6, atol=1e-6)
     # other settings are refused, and so is nothing at all
-    with pytest.raises(UserError, match="was begun with columns"):
+    with pytest.raises(UserError, match=r"was begun with --dtype of the column latents .*--resolution"):
         CliRunner().invoke(command, [*base, "--codec", CODEC, "--resolution", "32"], catch_exceptions=False)
     with pytest.raises(UserError, match="--codec: give an autoencoder"):
         CliRunner().invoke(command, base, catch_exceptions=False)
