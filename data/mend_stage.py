@@ -9,13 +9,8 @@ another epoch, so that workers that were there all the while begin again.
 """
 
 import secrets
-import shutil
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
 
 from data.ahead import in_order
 from data.repair import QUARANTINE, set_aside
@@ -31,8 +26,8 @@ from data.stages.receipts import (
     part_name,
     pass_folder,
 )
-from data.stages.runner import FINISH
 from data.stages.store import SUMMARY, Json, StageStore, read_stage, to_json
+from data.stages.upkeep import TREE_DEADLINE_S, check_idle, remove_tree
 from data.storage import DamagedFile
 from data.verify_stage import Damage, StageReport
 from trainer.errors import UserError
@@ -42,7 +37,6 @@ REMAKE_BYTES = 100_000_000
 """Of the passes that follow a damaged one: more are deleted only if that was asked for."""
 LEASES = "work/mending/leases"
 LEASE_S = 120.0
-TREE_DEADLINE_S = 3600.0
 """For what a pass has, or the copy of a damaged file."""
 
 
@@ -100,7 +94,7 @@ def mend(
                 return None
             _check_report(store, report)
             plan = _plan(store, passes, report.damaged)
-            _check_idle(store, passes)
+            check_idle(store, passes)
             _tell_cost(store, plan, tell, None if remake_later else hint)
             _begin(store, passes, plan)
         done = _follow(store, lease, plan, Mended(str(stage["stage"])))
@@ -163,7 +157,7 @@ def _begin(store: StageStore, passes: Sequence[str], plan: Json) -> None:
     store.delete(SUMMARY)  # from here on nobody takes the stage for a whole one
     store.create_json(MENDING, plan)
     try:
-        _check_idle(store, passes)  # who takes an item from now on sees that we are at it
+        check_idle(store, passes)  # who takes an item from now on sees that we are at it
     except UserError:
         store.delete(MENDING)
         raise
@@ -232,21 +226,6 @@ def _sound_parts(store: StageStore, pass_name: str, item: str, most: int | None)
     return most
 
 
-def _check_idle(store: StageStore, passes: Sequence[str]) -> None:
-    """
-    Raises:
-        UserError: a worker holds an item.
-    """
-    for folder in [*(f"{pass_folder(name)}/leases" for name in passes), FINISH]:
-        for item, generation in leases.held(store.names(folder)).items():
-            found = leases.holder(store, folder, item, generation)
-            if found is not None and (left := found.deadline - time.time()) > 0:
-                raise UserError(
-                    f"{store.url}: {found.worker} works there; stop the workers, or wait until they have ended (a lease ends "
-                    f"in {left:.0f} s)"
-                )
-
-
 def _check_held(store: StageStore, lease: leases.Lease) -> None:
     if lease.lost.is_set():
         raise UserError(f"{store.url}: storage was too slow to keep others from mending it meanwhile; run this again")
@@ -261,7 +240,7 @@ def _follow(store: StageStore, lease: leases.Lease, plan: Json, done: Mended) ->
     for name in reversed(plan["passes"]):
         for folder in (pass_folder(name), f"files/{name}"):
             _check_held(store, lease)
-            _remove_tree(store, folder)
+            remove_tree(store, folder)
     done.passes = list(plan["passes"])
     folder = pass_folder(plan["pass"])
     failed = failures.listed(store, folder) if plan["items"] else {}
@@ -276,29 +255,3 @@ def _follow(store: StageStore, lease: leases.Lease, plan: Json, done: Mended) ->
     if plan["items"]:
         done.items[plan["pass"]] = list(plan["items"])
     return done
-
-
-def _remove_tree(store: StageStore, folder: str) -> None:
-    """All of it: an attempt that hung and was left behind may delete beside this one, so that what was listed has gone."""
-    path = store.path(folder)
-
-    def remove() -> None:
-        store.fs.invalidate_cache()
-        with suppress(FileNotFoundError):
-            if store.is_local:
-                shutil.rmtree(path, onerror=_skip_missing)
-            else:
-                store.fs.rm(path, recursive=True)
-        store.fs.invalidate_cache()
-        with suppress(FileNotFoundError):
-            if left := store.fs.ls(path, detail=False):
-                raise OSError(f"{len(left)} are left")
-
-    store.ask(remove, folder, TREE_DEADLINE_S, "deleted")
-
-
-def _skip_missing(
-    _function: Callable[..., Any], _path: str, error: tuple[type[BaseException], BaseException, TracebackType]
-) -> None:
-    if not isinstance(error[1], FileNotFoundError):
-        raise error[1]

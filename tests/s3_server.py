@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import s3fs
 
 from tests.distributed.harness import free_port
+from tests.faulty_proxy import Proxy, faulty_proxy
 
 BUCKET = "loupe-tests"
 
@@ -78,3 +80,16 @@ def s3() -> Iterator[str]:
     """URL of an empty bucket; the environment points there while the module's tests run."""
     with s3_server():
         yield f"s3://{BUCKET}"
+
+
+@contextmanager
+def faulty_s3() -> Iterator[Proxy]:
+    """A server behind a proxy that spoils answers; the environment's endpoint is the proxy's. Clients try once: their own
+    patience is not what is tested."""
+    with s3_server() as environment, faulty_proxy(environment["AWS_ENDPOINT_URL"]) as proxy:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            patch.setenv("AWS_MAX_ATTEMPTS", "1")
+            s3fs.S3FileSystem.clear_instance_cache()
+            yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -4,17 +4,16 @@ The state is removed, and never the dataset: that is replaced when the new one i
 """
 
 import secrets
-import time
 from collections.abc import Sequence
 
 from data.publish import file_details
 from data.repair import QUARANTINE
 from data.schema import DATASET, INDEX, MAX_DATASET_BYTES, MAX_INDEX_BYTES, parse_dataset, parse_index
 from data.stages import leases
-from data.stages.receipts import EPOCH, pass_folder
-from data.stages.runner import FINISH
+from data.stages.receipts import EPOCH
 from data.stages.store import STAGE, SUMMARY, Json, StageStore, read_stage, to_json
-from data.storage import LIST_DEADLINE_S, Storage
+from data.stages.upkeep import check_idle, remove_tree
+from data.storage import Storage
 from trainer.errors import UserError
 
 INPUTS = "work/inputs.json"
@@ -111,40 +110,13 @@ def begin_anew(work: StageStore) -> None:
     with lease:
         if not work.exists(STAGE) or read_stage(work)["id"] != before["id"]:  # another has done it meanwhile
             return
-        _check_idle(work, before["passes"])
+        check_idle(work, before["passes"])
         work.replace(STAGE, to_json({**before, "settings": {_REMOVED: True}}))
         work.replace(EPOCH, to_json({"epoch": secrets.token_hex(8)}))
-        _check_idle(work, before["passes"])
+        check_idle(work, before["passes"])
         work.delete(SUMMARY)
         for name in ["files", QUARANTINE, *(f"work/{name}" for name in work.names("work") if name not in _KEPT)]:
             if lease.lost.is_set():
                 raise UserError(f"{work.url}: storage was too slow to keep others away meanwhile; run this again")
-            _remove(work, name)
+            remove_tree(work, name)
         work.delete(STAGE)
-
-
-def _check_idle(work: StageStore, passes: Sequence[str]) -> None:
-    for folder in [*(f"{pass_folder(name)}/leases" for name in passes), FINISH]:
-        for item, generation in leases.held(work.names(folder)).items():
-            found = leases.holder(work, folder, item, generation)
-            if found is not None and (left := found.deadline - time.time()) > 0:
-                raise UserError(
-                    f"{work.url}: {found.worker} works at this build; stop the workers, or wait until they have ended (a lease "
-                    f"ends in {left:.0f} s)"
-                )
-
-
-def _remove(work: StageStore, name: str) -> None:
-    """A file, or a folder with all in it."""
-
-    def remove() -> None:
-        while True:
-            work.fs.invalidate_cache()
-            if not work.fs.exists(work.path(name)):
-                return
-            try:
-                work.fs.rm(work.path(name), recursive=True)
-            except FileNotFoundError:  # somebody deletes beside us: what is left is looked for again
-                continue
-
-    work.ask(remove, name, LIST_DEADLINE_S, "deleted")

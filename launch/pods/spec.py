@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.environment import SECRET_NAMES
 from launch.inputs import check_local, inputs
 from launch.slurm_job.array import Volume
 from trainer.config import RunConfig, check_layout
@@ -21,7 +22,6 @@ MAX_NAME = 40
 _LABEL = r"[a-z]([a-z0-9-]*[a-z0-9])?"
 _KEY = r"([A-Za-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
-_SECRETS = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -168,7 +168,7 @@ def environment(texts: Sequence[str]) -> dict[str, str]:
     """Raises UserError for a name that looks like a secret's: a manifest is no place for its value."""
     found = pairs("--env", texts, key=r"[A-Za-z_][A-Za-z0-9_]*")
     for name in found:
-        if _SECRETS.search(name):
+        if SECRET_NAMES.search(name):
             raise UserError(f"--env {name}: would stand in the manifest for all to read; put it into a Secret and name that "
                             "with --secret")  # fmt: skip
     return found

@@ -12,8 +12,8 @@ import s3fs
 from data.schema import DATASET, INDEX
 from launch.doctor.checks import Finding
 from launch.doctor.storage import cache_disk, clock, dataset, networks, run_folder, run_folder_disk
-from tests.faulty_proxy import Fault, Proxy, faulty_proxy
-from tests.s3_server import BUCKET, s3_server
+from tests.faulty_proxy import Fault, Proxy
+from tests.s3_server import BUCKET, faulty_s3
 from tests.tiny import tiny
 from trainer.config import CODE_ROOT, DatasetConfig
 
@@ -23,14 +23,8 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Proxy]:
-    """A proxy before the server. Clients try once: their own patience is not what is tested."""
-    with s3_server() as environment, faulty_proxy(environment["AWS_ENDPOINT_URL"]) as proxy:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            patch.setenv("AWS_MAX_ATTEMPTS", "1")
-            s3fs.S3FileSystem.clear_instance_cache()
-            yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
+    with faulty_s3() as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from data import storage as storage_module
 from data.stages.store import StageStore
 from data.storage import StorageError
-from tests.faulty_proxy import Fault, Proxy, faulty_proxy
-from tests.s3_server import BUCKET, s3_server
+from tests.faulty_proxy import Fault, Proxy
+from tests.s3_server import BUCKET, faulty_s3
 
 ROOT = Path(__file__).parents[2]
 ALL = ("GET", "PUT", "POST", "DELETE", "HEAD")
@@ -24,14 +23,8 @@ ALL = ("GET", "PUT", "POST", "DELETE", "HEAD")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Proxy]:
-    """The endpoint of the environment is the proxy's. Clients try once: their own patience is not what is tested."""
-    with s3_server() as environment, faulty_proxy(environment["AWS_ENDPOINT_URL"]) as proxy:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            patch.setenv("AWS_MAX_ATTEMPTS", "1")
-            s3fs.S3FileSystem.clear_instance_cache()
-            yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
+    with faulty_s3() as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from data.plan import MixSegment, Mixture
 from data.reader import Dataset, StorageError, open_dataset
 from data.schema import Resize
 from data.source import open_source
-from tests.faulty_proxy import Fault, Proxy, faulty_proxy
-from tests.s3_server import BUCKET, s3_server
+from tests.faulty_proxy import Fault, Proxy
+from tests.s3_server import BUCKET, faulty_s3
 from tests.unit.data.conftest import encoded, picture
 from trainer.errors import UserError
 
@@ -39,14 +39,8 @@ SHARD_WAIT = ("loupe_data_shard_wait_seconds_total",)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Proxy]:
-    """The endpoint of the environment is the proxy's. Clients try once: their own patience is not what is tested."""
-    with s3_server() as environment, faulty_proxy(environment["AWS_ENDPOINT_URL"]) as proxy:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            patch.setenv("AWS_MAX_ATTEMPTS", "1")
-            s3fs.S3FileSystem.clear_instance_cache()
-            yield proxy
-        s3fs.S3FileSystem.clear_instance_cache()
+    with faulty_s3() as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="module")

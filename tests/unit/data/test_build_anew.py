@@ -99,14 +99,14 @@ def test_a_removal_that_was_stopped_is_ended(samples: str, tmp_path: Path, monke
     out = tmp_path / "set"
     said = build(samples, out)
     work = StageStore(f"{out}.work")
-    removed = anew._remove
+    removed = anew.remove_tree
 
     def dies(store: StageStore, name: str) -> None:
         if name.startswith("work/"):
             raise KeyboardInterrupt
         removed(store, name)
 
-    monkeypatch.setattr(anew, "_remove", dies)
+    monkeypatch.setattr(anew, "remove_tree", dies)
     with pytest.raises(KeyboardInterrupt):
         anew.begin_anew(work)
     monkeypatch.undo()
@@ -125,7 +125,7 @@ def test_nobody_removes_a_build_at_work(samples: str, tmp_path: Path) -> None:
     before = read_stage(work)
     lease = {"worker": "w1", "attempt": "a", "deadline": 4e9}
     work.create_json("work/shards/leases/s00000000.0000", lease)
-    build(samples, out, "--order-seed", 3, "--overwrite", fails="w1 works at this build; stop the workers")
+    build(samples, out, "--order-seed", 3, "--overwrite", fails="w1 works there; stop the workers")
     assert read_stage(work) == before
     work.delete("work/shards/leases/s00000000.0000")
     build(samples, out, "--order-seed", 3, "--overwrite")

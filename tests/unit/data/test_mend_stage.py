@@ -13,6 +13,7 @@ from data.mend_stage import mend
 from data.stages.receipts import MENDING, done_receipts
 from data.stages.runner import FINISH, Worker
 from data.stages.store import STAGE, SUMMARY, StageStore
+from data.stages.upkeep import remove_tree
 from data.storage import Storage
 from data.verify_stage import verify_stage
 from tests.counting_stage import CountingStage, expected, published, worked_at
@@ -308,7 +309,7 @@ def test_a_tree_is_removed_while_another_removes_it_too(tmp_path: Path, monkeypa
             raise FileNotFoundError(path)
 
     monkeypatch.setattr(os, "unlink", unlink)
-    mend_stage._remove_tree(store, "files/count")
+    remove_tree(store, "files/count")
     assert beside == 100
     assert not store.exists("files/count")
-    mend_stage._remove_tree(store, "files/count")
+    remove_tree(store, "files/count")
