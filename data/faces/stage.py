@@ -30,8 +30,8 @@ from data.stages.samples import (
     fetch,
     open_samples,
     parts_by_shard,
+    pass_by_shard,
     read_shard,
-    shards_left,
 )
 from data.stages.store import Json, StageStore
 from data.storage import Storage
@@ -88,15 +88,7 @@ class Faces(Stage):
         }
 
     def passes(self) -> Sequence[Pass]:
-        return [
-            Pass(
-                "faces",
-                lambda _store: self.samples.items(),
-                self._parts,
-                spares=True,
-                left=lambda item, receipts: shards_left(self.samples, item, receipts),
-            )
-        ]
+        return [pass_by_shard("faces", lambda: self.samples, self._parts)]
 
     def open(self) -> None:
         cv2.setNumThreads(1)  # of each worker; there are as many workers as cores

@@ -22,7 +22,7 @@ from data.recaption.images import Resize, prepared
 from data.recaption.model import ModelFiles
 from data.recaption.text import EMPTY, clean, flaw
 from data.stages.runner import Part, Pass, Stage, Work
-from data.stages.samples import Samples, Shard, open_samples, parts_by_shard, read_shard, shards_left
+from data.stages.samples import Samples, Shard, open_samples, parts_by_shard, pass_by_shard, read_shard
 from data.stages.store import Json
 from data.urls import public_url
 
@@ -76,15 +76,7 @@ class Recaption(Stage):
         }
 
     def passes(self) -> Sequence[Pass]:
-        return [
-            Pass(
-                "recaption",
-                lambda _store: self.samples.items(),
-                self._parts,
-                spares=True,
-                left=lambda item, receipts: shards_left(self.samples, item, receipts),
-            )
-        ]
+        return [pass_by_shard("recaption", lambda: self.samples, self._parts)]
 
     def open(self) -> None:
         cv2.setNumThreads(1)

@@ -20,7 +20,7 @@ import xxhash
 
 from data.stages.by_shard import PartsByShard
 from data.stages.receipts import check_name, done_receipts, file_name, part_name, part_receipts, pass_folder
-from data.stages.runner import Part, Work
+from data.stages.runner import Part, Pass, Work
 from data.stages.spared import spared
 from data.stages.store import SUMMARY, Json, StageStore, read_stage
 from data.storage import DamagedFile, DamagedShard, deadline_for, with_retries
@@ -301,6 +301,21 @@ def shards_left(samples: Samples, item: Json, receipts: Sequence[Json]) -> dict[
     done = {receipt["note"]["shard"] for receipt in receipts}
     left = [shard for shard in samples.shards_of(item) if shard.name not in done]
     return {"shards": len(left), "samples": sum(shard.counts.get("kept", 0) for shard in left)}
+
+
+def pass_by_shard(name: str, samples: Callable[[], Samples], parts: Callable[[Work], Iterator[Part]]) -> Pass:
+    """A pass over all shards whose parts are `parts_by_shard`'s: of an item that is given up only what failed is left out.
+
+    Args:
+        samples: asked for when they are needed, not to make the pass.
+    """
+    return Pass(
+        name,
+        lambda _store: samples().items(),
+        parts,
+        spares=True,
+        left=lambda item, receipts: shards_left(samples(), item, receipts),
+    )
 
 
 def fetch(store: StageStore, file: Mapping[str, Any], target: Path, max_bytes: int) -> Path:

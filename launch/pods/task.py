@@ -1,7 +1,7 @@
 """What runs in a Kubernetes pod: `loupe pod`, the container's command. Starts the pod's ranks and ends as they end. No torch.
 
 Kubernetes asks by SIGTERM and kills after terminationGracePeriodSeconds. The ranks get the signal at once, agree on a step,
-save, and end with 75; the pod ends with the same, and its job's failure policy starts all pods again (`k8s_manifests`).
+save, and end with 75; the pod ends with the same, and its job's failure policy starts all pods again (`launch.pods.manifests`).
 The container has one process that nobody else waits for, so what ranks say is told on its output as well, line by line.
 """
 
