@@ -12,8 +12,8 @@ from typing import Any
 
 from data.stages.store import STAGE, SUMMARY, StageStore, read_stage
 from data.storage import LIST_DEADLINE_S, Storage
-from data.urls import SECRET, public_url
 from trainer.errors import UserError
+from trainer.urls import SECRET, public_url
 
 NOTICES = "notices"
 """Folder of a stage's output with licence files."""

@@ -28,7 +28,8 @@ class ShardTable(Sequence[Shard]):
         self._names = np.array([shard.name.encode() for shard in shards], dtype=np.bytes_)
         self.num_samples = np.array([shard.num_samples for shard in shards], dtype=np.int64)
         self.num_bytes = np.array([shard.num_bytes for shard in shards], dtype=np.int64)
-        self._hashes = np.array([int(shard.hash, 16) for shard in shards], dtype=np.uint64)
+        self.hashes = np.array([int(shard.hash, 16) for shard in shards], dtype=np.uint64)
+        """xxh64 of each."""
         kept: dict[str, tuple[int, Mapping[str, Any]]] = {}
         keys = [json.dumps(shard.entry, sort_keys=True) for shard in shards]
         for key, shard in zip(keys, shards, strict=True):
@@ -51,7 +52,7 @@ class ShardTable(Sequence[Shard]):
             name=self._names[index].decode(),
             num_samples=int(self.num_samples[index]),
             num_bytes=int(self.num_bytes[index]),
-            hash=f"{int(self._hashes[index]):016x}",
+            hash=f"{int(self.hashes[index]):016x}",
             entry={
                 **self._entries[self._entry_of[index]],
                 **{name: values[index].item() for name, values in self._per_shard.items()},

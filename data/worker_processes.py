@@ -21,13 +21,16 @@ def start_forkserver() -> None:
     """Start the process that workers are forked from.
 
     Forking the trainer itself is unsafe once it has threads, and a fresh interpreter for each worker would import
-    torch each time. Signals are blocked while it starts, and stay so in it: it must outlive a SIGTERM to the job.
+    torch each time. Signals are blocked while it starts, and stay so in it: it must outlive a SIGTERM to the job. So must
+    Python's tracker of semaphores outlive SLURM's SIGUSR2, of which it knows nothing by itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.loader"])
-    multiprocessing.resource_tracker.ensure_running()  # first, since its start unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
+        multiprocessing.resource_tracker.ensure_running()
+        # again: the start of the tracker has unblocked some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

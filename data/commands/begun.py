@@ -9,8 +9,8 @@ import click
 
 from data.stages.runner import Stage
 from data.stages.store import STAGE, Difference, Json, OtherSettings, StageStore, check_claim, claim, read_stage
-from data.urls import SECRET, public_url
 from trainer.errors import UserError
+from trainer.urls import SECRET, public_url
 
 _IN = {"input": "IN", "source": "IN", "made_of": "IN (its id, which is new whenever it is written anew)"}
 _OPTIONS = {

@@ -122,9 +122,9 @@ def _latents_job(
 ) -> Any:  # fmt: skip
     from data.buckets import parse_aspects, shape_of
     from data.encode.stage import LatentsJob
-    from data.urls import public_url
     from trainer.models.autoencoders import Codec
     from trainer.precompute import LoadCodec, latents_column
+    from trainer.urls import public_url
 
     aspects = parse_aspects(buckets or "none", option="--buckets")
     codec = Codec.load(url)
@@ -142,8 +142,8 @@ def _text_jobs(
     given: tuple[str, ...], captions_per_kind: int | None, dtype: Any, device: str, num_threads: int
 ) -> dict[str, Any]:
     from data.encode.stage import TextJob
-    from data.urls import public_url
     from trainer.precompute import LoadText, text_column, text_encoders, text_revision
+    from trainer.urls import public_url
 
     jobs: dict[str, Any] = {}
     for config in (config for words in given for config in text_encoders(words)):

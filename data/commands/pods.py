@@ -10,7 +10,7 @@ from data.storage import Storage
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.slurm_job.array import Volume
+    from launch.pods.volumes import Volume
 
 _FOLDERS = {"captions": "--captions", "columns": "--columns", "work": "--work"}
 _FILES = {"weights": "--weights", "model": "--model", "codec": "--codec", "class_names": "--class-names"}

@@ -1,6 +1,7 @@
 """How far a stage is: a bar or lines while its command works, and `--watch`."""
 
 import time
+from collections.abc import Callable
 
 import click
 from rich.console import Console, Group
@@ -27,8 +28,9 @@ STUCK_LOOKS = 3
 class StageProgress:
     """A bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, out: str, console: Console) -> None:
-        self._out, self._console = out, console
+    def __init__(self, out: str, console: Console, also: Callable[[StageStatus], None] = lambda status: None) -> None:
+        """`also`: who else wants to know."""
+        self._out, self._console, self._also = out, console, also
         self._watcher: Watcher | None = None
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
@@ -61,6 +63,7 @@ class StageProgress:
                 return
             self._watcher = Watcher(self._out)
         status = self._watcher.poll()
+        self._also(status)
         current = status.current
         if current.items is None:
             return

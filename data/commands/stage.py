@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from data.commands import exported
 from data.commands.begun import begin, check_begun, shown_settings, whole
 from data.commands.progress import POLL_S, SHOWN, StageProgress, uncounted
 from data.commands.progress import line as progress_line
@@ -51,6 +52,9 @@ class StageOptions:
     namespace: str | None
     secret: str | None
     volume_claims: tuple[str, ...]
+    metrics_port: int | None
+    metrics_bind: str | None
+    discovery_dir: str | None
 
 
 def stage_options(command: Callable[..., Any], *, gives_up: bool = True) -> Callable[..., Any]:
@@ -86,6 +90,7 @@ def stage_options(command: Callable[..., Any], *, gives_up: bool = True) -> Call
         click.option("--volume-claim", "volume_claims", multiple=True, metavar="CLAIM:/path",
                      help="Kubernetes': a PersistentVolumeClaim that pods mount at /path, where its files are here, too. "
                      "Repeatable."),
+        *exported.OPTIONS,
     ]  # fmt: skip
 
     def with_options(*args: Any, **kwargs: Any) -> Any:
@@ -146,14 +151,21 @@ def run(stage: Stage, out: str, options: StageOptions, tell: Tell | None = None,
     was_finished = StageStore(out).exists(SUMMARY)
     context = click.get_current_context(silent=True)
     begin(stage, out, command_line(context, to_keep=True) if context else None)
-    with StageProgress(out, console) as progress:
-        try:
-            failures = run_workers(
-                stage, out, workers=options.workers, lease_s=options.lease_s, tick=progress.tick, tick_s=POLL_S
-            )
-        except Stopped:
-            click.echo(f"{out}: stopped; the same command goes on", err=True)
-            raise click.exceptions.Exit(int(ExitCode.REQUEUE)) from None
+    wanted = exported.MetricsOptions(options.metrics_port, options.metrics_bind, options.discovery_dir)
+    with exported.exported(stage.name, out, wanted) as metrics:
+        also = metrics.update if metrics else lambda status: None
+        with (
+            StageProgress(out, console, also) as progress,
+            exported.ticking(progress.tick, every_s=POLL_S, wanted=bool(metrics and not options.workers)),
+        ):
+            try:
+                failures = run_workers(
+                    stage, out, workers=options.workers, lease_s=options.lease_s, tick=progress.tick, tick_s=POLL_S,
+                    on_death=metrics.died if metrics else lambda deaths: None,
+                )  # fmt: skip
+            except Stopped:
+                click.echo(f"{out}: stopped; the same command goes on", err=True)
+                raise click.exceptions.Exit(int(ExitCode.REQUEUE)) from None
     _tell(stage, out, failures, retried=options.retry_failed and was_finished)
     if tell:
         for line in tell(out, StageStore(out).read_json(SUMMARY)):
@@ -234,7 +246,9 @@ def _submission(stage: Stage, options: StageOptions) -> Callable[[], None]:
         UserError: an option is missing, or pods would not see a folder.
     """
     from data.commands.pods import check_places
-    from launch.slurm_job.array import ArrayOptions, PodOptions, job_manifest, parse_volume, script_here, submit_array
+    from launch.pods.stage_job import StageJob, job_manifest
+    from launch.pods.volumes import parse_volume
+    from launch.slurm_job.array import ArrayOptions, script_here, submit_array
 
     context = click.get_current_context()
     arguments = command_line(context)
@@ -250,8 +264,11 @@ def _submission(stage: Stage, options: StageOptions) -> Callable[[], None]:
             raise UserError("--image: name the container that the pods run")
         volumes = [parse_volume(text) for text in options.volume_claims]
         check_places(context, volumes)
-        pod = PodOptions(options.image, options.namespace, options.secret, volumes)
-        manifest = job_manifest(["loupe", *arguments], name=name, options=array, pod=pod)
+        job = StageJob(
+            options.image, options.array, options.cpus_per_task, options.mem, options.gpus_per_task, options.namespace,
+            options.secret, volumes, options.metrics_port, str(context.params["out"]).rstrip("/").rpartition("/")[2],
+        )  # fmt: skip
+        manifest = job_manifest(["loupe", *arguments], name=name, job=job)
         return lambda: click.echo(manifest, nl=False)
     command = [sys.executable, "-m", "launch.cli", *arguments]
     if options.dry_run:
@@ -291,7 +308,7 @@ def _words_to_watch(context: click.Context) -> list[str]:
     return [*context.command_path.split()[1:], context.params["out"], *(["--work", work] if work else []), "--watch"]
 
 
-_NOT_KEPT = {"workers", "lease_s", "watch", "overwrite"}
+_NOT_KEPT = {"workers", "lease_s", "watch", "overwrite", "metrics_port", "metrics_bind", "discovery_dir"}
 
 
 def command_line(context: click.Context, *, to_keep: bool = False) -> list[str]:

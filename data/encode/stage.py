@@ -35,8 +35,8 @@ from data.stages.runner import PART_SAMPLES, Part, Pass, Stage, Work
 from data.stages.samples import Row, Samples, Shard, open_samples, read_shard, shard_rows
 from data.stages.store import Json
 from data.transforms import training_image
-from data.urls import public_url
 from trainer.errors import UserError
+from trainer.urls import public_url
 
 PASS = "encode"
 ROLE = "columns"

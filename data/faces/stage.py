@@ -35,7 +35,7 @@ from data.stages.samples import (
 )
 from data.stages.store import Json, StageStore
 from data.storage import Storage
-from data.urls import public_url
+from trainer.urls import public_url
 
 AUDIT = "audit.png"
 NOTICES = "notices"

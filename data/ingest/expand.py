@@ -11,8 +11,8 @@ from data.ingest.ranges import SOURCE_DEADLINE_S, filesystem, is_local
 from data.ingest.tars import refuse_compressed
 from data.source import METADATA, is_notice
 from data.storage import ask
-from data.urls import holds_credentials, public_url
 from trainer.errors import UserError
+from trainer.urls import holds_credentials, public_url
 
 LAYOUTS = ("auto", "tars", "manifest", "images", "metadata", "texts", "classes")
 """`images`: which of the three that follow is found out."""

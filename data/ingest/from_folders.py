@@ -19,8 +19,8 @@ from data.source import METADATA, Listed, clean, list_images, words
 from data.stages.runner import PART_SAMPLES, Part, Work
 from data.stages.samples import MAX_INDEX_BYTES, fetch
 from data.stages.store import Json
-from data.urls import public_source, public_url
 from trainer.errors import UserError
+from trainer.urls import public_source, public_url
 
 SLICE_FILES = PART_SAMPLES
 """Of an item."""

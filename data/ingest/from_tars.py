@@ -14,8 +14,8 @@ from data.stages.runner import PART_SAMPLES, Part, Work
 from data.stages.samples import MAX_INDEX_BYTES, fetch, read_index
 from data.stages.spared import spared
 from data.stages.store import Json
-from data.urls import public_source, public_url
 from trainer.errors import UserError
+from trainer.urls import public_source, public_url
 
 PART_BYTES = 1 << 30
 """Of images, after which a part ends early: it lies on the worker's disk until it is published."""

@@ -18,7 +18,7 @@ from data.stages.runner import PART_SAMPLES, Part, Work
 from data.stages.spared import spared
 from data.stages.store import Json
 from data.storage import StorageError
-from data.urls import public_source
+from trainer.urls import public_source
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "hf")
 """The only protocols beside http and https that a list of URLs may name: fsspec knows others that reach anywhere."""

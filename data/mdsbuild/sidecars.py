@@ -14,8 +14,8 @@ from data.schema import COLUMNS
 from data.stages.by_shard import PartsByShard
 from data.stages.samples import MAX_INDEX_BYTES, MAX_TAR_BYTES, Samples, Shard, fetch
 from data.stages.store import SUMMARY, Json, StageStore, read_stage
-from data.urls import public_url
 from trainer.errors import UserError
+from trainer.urls import public_url
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from data.stages.runner import Part, Pass, Stage, Work
 from data.stages.samples import Samples, open_samples
 from data.stages.store import STAGE, Json, StageStore, read_stage
 from data.storage import Storage
-from data.urls import public_url
 from trainer.errors import UserError
+from trainer.urls import public_url
 
 PUBLISH = "publish"
 MAX_SHARD_MIB = MAX_SHARD_BYTES >> 21

@@ -24,7 +24,7 @@ from data.recaption.text import EMPTY, clean, flaw
 from data.stages.runner import Part, Pass, Stage, Work
 from data.stages.samples import Samples, Shard, open_samples, parts_by_shard, pass_by_shard, read_shard
 from data.stages.store import Json
-from data.urls import public_url
+from trainer.urls import public_url
 
 CAPTIONS = pa.schema([("key", pa.string()), ("kind", pa.string()), ("caption", pa.string())])
 _AHEAD = 8

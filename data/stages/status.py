@@ -43,6 +43,8 @@ class PassStatus:
     """Items in work, and by whom."""
     in_work: int = 0
     """Samples of those so far, by their leases."""
+    bytes: int = 0
+    """Of files of the items in `counts`, as far as their receipts were read; a stage's summary does not tell."""
 
 
 @dataclass
@@ -181,12 +183,13 @@ class _PassWatch:
     def _count(self, deadline: float) -> None:
         status = self.status
         if self._counted - self._done:  # mended meanwhile
-            self._counted, status.counts, status.given_up = set(), Counter(), {}
+            self._counted, status.counts, status.given_up, status.bytes = set(), Counter(), {}, 0
         for name, receipt in _several(self._receipt, sorted(self._done - self._counted), deadline):
             if receipt is None:
                 continue
             self._counted.add(name)
             status.counts.update(receipt["counts"])
+            status.bytes += sum(file["bytes"] for part in receipt["parts"] for file in part["files"].values())
             if (why := receipt.get("given_up")) is not None:
                 status.given_up[receipt["item"]] = why
         status.counted = len(self._counted)

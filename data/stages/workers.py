@@ -37,11 +37,13 @@ def run_workers(
     lease_s: float = LEASE_S,
     tick: Callable[[], None] = lambda: None,
     tick_s: float = 1.0,
+    on_death: Callable[[int], None] = lambda deaths: None,
 ) -> list[str]:
     """Work at a stage until it is done, with `workers` processes; 0: in this one. Returns lines about items that failed.
 
     Args:
         tick: called every `tick_s` seconds, to show progress.
+        on_death: called when a worker has died, with how many have so far.
 
     Raises:
         UserError: a worker met one.
@@ -51,7 +53,7 @@ def run_workers(
     """
     if workers == 0:
         return Worker(stage, StageStore(url), lease_s=lease_s).run()
-    group = _Group(stage, url, workers, lease_s)
+    group = _Group(stage, url, workers, lease_s, on_death)
     with group, _sigterm_raises():
         while not group.ended():
             group.wait(tick_s)
@@ -60,7 +62,8 @@ def run_workers(
 
 
 class _Group:
-    def __init__(self, stage: Stage, url: str, workers: int, lease_s: float) -> None:
+    def __init__(self, stage: Stage, url: str, workers: int, lease_s: float, on_death: Callable[[int], None]) -> None:
+        self._on_death = on_death
         self._arguments = (stage, url, lease_s)
         self._context = multiprocessing.get_context("spawn")  # threads of storage clients do not survive a fork
         self._workers: list[tuple[BaseProcess, Connection]] = []
@@ -113,6 +116,7 @@ class _Group:
 
     def _replace(self, died: BaseProcess) -> None:
         self._deaths += 1
+        self._on_death(self._deaths)
         code = died.exitcode or 0
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         if self._deaths > MAX_DEATHS:

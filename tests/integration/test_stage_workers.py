@@ -38,7 +38,9 @@ def s3() -> Iterator[dict[str, str]]:
         yield environment
 
 
-@pytest.mark.parametrize("where", ["folder", pytest.param("s3", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "where", [pytest.param("folder", marks=pytest.mark.slow), pytest.param("s3", marks=pytest.mark.long)]
+)
 def test_eight_workers_killed_fifty_times(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Independent processes, as on many machines: no parent that could know."""
     environment = request.getfixturevalue("s3") if where == "s3" else {}

@@ -264,9 +264,9 @@ def test_pods_are_given_no_folders_that_they_cannot_see(samples: str, photos: Pa
         loupe_data("ingest", photos, out, *pods, "--volume-claim", wrong, fails=f"--volume-claim {wrong}: write")
     job = yaml.safe_load(loupe_data("ingest", photos, out, *pods, "--volume-claim", f"set:{tmp_path}"))
     pod = job["spec"]["template"]["spec"]
-    assert pod["volumes"][1] == {"name": "claim-0", "persistentVolumeClaim": {"claimName": "set"}}
-    assert pod["containers"][0]["volumeMounts"][1] == {"name": "claim-0", "mountPath": str(tmp_path)}
-    assert pod["containers"][0]["command"][-3:] == ["ingest", str(photos), str(out)]
+    assert pod["volumes"][2] == {"name": "claim-0", "persistentVolumeClaim": {"claimName": "set"}}
+    assert pod["containers"][0]["volumeMounts"][2] == {"name": "claim-0", "mountPath": str(tmp_path)}
+    assert pod["containers"][0]["args"][-3:] == ["ingest", str(photos), str(out)]
     assert not out.exists()
 
 

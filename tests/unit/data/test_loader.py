@@ -200,6 +200,31 @@ def test_workers_outlive_the_signals_that_the_trainer_answers(dataset: Dataset) 
         assert len(list(steps)) == 11
 
 
+SIGNALLED = """
+import multiprocessing.resource_tracker as tracker, os, signal, sys
+from data.reader import open_dataset
+from tests.unit.data.test_loader import make_loader
+if __name__ == "__main__":
+    with make_loader(open_dataset(sys.argv[1], name="x"), num_workers=1) as loader:
+        steps = loader.steps(0, 3)
+        next(steps)
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            os.kill(tracker._resource_tracker._pid, number)
+        list(steps)
+"""
+
+
+def test_a_signal_to_the_whole_job_leaves_no_tracebacks(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    """SLURM's reaches Python's own tracker of semaphores too, which knows SIGTERM but not SIGUSR2."""
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    result = subprocess.run(
+        [sys.executable, str(script), str(make_dataset(5))], capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_leaving_early_ends_the_workers(dataset: Dataset) -> None:
     loader = make_loader(dataset, num_workers=1)
     steps = loader.steps(0, 100)
