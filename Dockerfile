@@ -10,7 +10,8 @@ FROM scratch AS wheels
 
 FROM ${BASE} AS system
 # g++ and Python's headers: torch.compile builds its kernels' launchers on the node. The ibverbs: NCCL loads them where
-# there is InfiniBand, and without them goes over TCP without a word. tini: a first process that passes signals on.
+# there is InfiniBand, and without them goes over TCP without a word. tini: a first process that passes signals on,
+# which pods keep too, since they give words for the entrypoint and no command.
 RUN export DEBIAN_FRONTEND=noninteractive \
  && apt-get update -qq \
  && command -v python3 > /dev/null && python="" || python="python3 libpython3-dev python3-venv" \

@@ -69,7 +69,16 @@ class MetricsTail:
             data: bytes = file.read()
         whole = data.rfind(b"\n") + 1  # the rest is a line that is being written
         self._offsets[name] = self._offsets.get(name, 0) + whole
-        return [json.loads(line) for line in data[:whole].splitlines() if line]
+        return [record for line in data[:whole].splitlines() if (record := _record_of(line)) is not None]
+
+
+def _record_of(line: bytes) -> Record | None:
+    """None for what a full disk has left of a line: a supervisor that only shows it must not die of it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 class Pace:
@@ -165,8 +174,17 @@ def display_for(stream: Any = None) -> Display:
 class Follower:
     """Shows what is new in a run folder each time it is polled."""
 
-    def __init__(self, folder: RunFolder, display: Display, *, from_now: bool) -> None:
+    """
+    Args:
+        from_now: nothing that was written before.
+        from_newest: of what was written before the newest record only.
+    """
+
+    def __init__(
+        self, folder: RunFolder, display: Display, *, from_now: bool = False, from_newest: bool = False
+    ) -> None:
         self._tail = MetricsTail(folder, from_now=from_now)
+        self._skip = from_newest
         self._display = display
         self._pace = Pace()
         self._file: str | None = None
@@ -174,17 +192,22 @@ class Follower:
         """Newest step seen."""
 
     def poll(self) -> None:
-        for file in self._tail.poll():
+        new = self._tail.poll()
+        skip, self._skip = self._skip, False
+        if skip:
+            new = new[-1:]
+        for file in new:
             if self._file not in (None, file.name):
                 self._display.note(f"started again: attempt {file.name.removesuffix('.jsonl')}")
             if self._file != file.name:
                 self._pace.restart()
                 self._file = file.name
-            for note in file.notes:
+            for note in [] if skip else file.notes:
                 self._display.note(note)
             for record in file.records:
                 self._pace.add(record)
-                self._display.show(record, self._pace.eta(record))
+                if not skip or record is file.records[-1]:
+                    self._display.show(record, self._pace.eta(record))
                 self.step = record["step"]
 
 
@@ -200,16 +223,25 @@ def watch(
     *,
     interval_s: float = 1.0,
     poll_ended_s: float = 5.0,
+    waiting: Callable[[], str | None] = lambda: None,
 ) -> None:
-    """Follow a run until `ended` says how it ended; that may cost a call to a scheduler and is asked less often."""
-    follower = Follower(folder, display, from_now=False)
+    """Follow a run, from its newest interval, until `ended` says how it ended; that may cost a call to a scheduler and is
+    asked less often. So is `waiting`, why there is nothing new, and only while there is not."""
+    follower = Follower(folder, display, from_newest=True)
     asked = -poll_ended_s
+    step_asked, said = -1, None
     while True:
         end = None
-        if time.monotonic() - asked >= poll_ended_s:
+        asked_now = time.monotonic() - asked >= poll_ended_s
+        if asked_now:
             end, asked = ended(), time.monotonic()
         follower.poll()  # after asking: nothing written before the end is missed
         if end is not None:
             display.note(end)
             return
+        if asked_now and follower.step == step_asked and (why := waiting()) != said:
+            said = why
+            if why:
+                display.note(why)
+        step_asked = follower.step if asked_now else step_asked
         time.sleep(interval_s)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.errors import UserError
+from trainer.secret_names import looks_secret
 
 FIRST_PORT, NUM_PORTS = 15_000, 15_000
 """Rendezvous ports: below Linux's ephemeral range (32768 and up), above what services take."""
-SECRET_NAMES = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
-"""A variable whose name has one of these is not taken on a command line: its value would stand in scripts and records."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def given_variables(texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"--env {text.partition('=')[0]}: write it as NAME=VALUE")
-        if SECRET_NAMES.search(name):
+        if looks_secret(name, value):
             raise UserError(f"--env {name}: looks like a secret, and would stand in the job's script and record; export it "
                             "in the shell that you submit from, SLURM passes it on")  # fmt: skip
         if not equals:
@@ -135,10 +134,15 @@ def given_variables(texts: Sequence[str]) -> dict[str, str]:
 
 
 def port_of_job(job_id: int, restart: int) -> int:
-    """Rendezvous port of a cluster job. Moves on with each restart: a rank that lingers must not be met again."""
-    return FIRST_PORT + (job_id * 7 + restart) % NUM_PORTS
+    """Rendezvous port of a cluster job. Moves on with each restart: a rank that lingers must not be met again. Jobs with
+    numbers side by side, as an array's that share a node, are far apart."""
+    return FIRST_PORT + (_number_of(str(job_id)) + restart) % NUM_PORTS
 
 
 def port_of_name(name: str) -> int:
     """Rendezvous port of a job whose ranks have a network of their own, as pods do, where no other job can collide."""
-    return FIRST_PORT + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % NUM_PORTS
+    return FIRST_PORT + _number_of(name) % NUM_PORTS
+
+
+def _number_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -36,6 +36,8 @@ def inputs(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield from _autoencoder_inputs(config.task)
     if config.reconstructions:
         yield from _reconstructions_inputs(config.reconstructions)
+    if config.validation and config.validation.dataset:
+        yield "validation.dataset.url", config.validation.dataset.url, ("index.json",)
     if config.init_from:
         yield "init_from.url", config.init_from.url, ()
 

@@ -1,13 +1,11 @@
 """A job: what is asked for, whether it can run, and its record in the run folder. No torch."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +16,13 @@ from typing import Any
 import yaml
 
 from launch.datasets import check_datasets
+from launch.folder_lock import LOCK, is_locked
 from launch.inputs import check_local, inputs
 from launch.pods.heartbeat import is_alive
+from launch.queue_states import cluster_name, slurm_state
 from launch.slurm_job.options import SlurmOptions
 from trainer import recipes
-from trainer.config import CODE_ROOT, RunConfig, check_layout
+from trainer.config import CODE_ROOT, RunConfig, check_layout, check_sinks
 from trainer.config_text import with_overrides
 from trainer.errors import UserError, one_line
 from trainer.phases import Schedule
@@ -30,8 +30,6 @@ from trainer.run_folder import CONFIG, JOB, RunFolder
 
 MAX_EARLIER_JOBS = 50
 """Of which `job.json` keeps restarts and end."""
-LOCK = "job.lock"
-"""Held by the local supervisor while it lives; the kernel lets go of it whatever the supervisor dies of."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class JobSpec:
     """Ranks per node; each has a GPU of its own unless `cpu`."""
     cpu: bool = False
     max_restarts: int = 5
-    """Crashes after which the job is not started again. Preemptions do not count."""
+    """Crashes in 24 hours of training after which the job is not started again. Preemptions do not count."""
     code_dir: str = ""
     """Where the snapshot of the code goes: on a disk that all nodes see."""
     include: tuple[str, ...] = ()
@@ -142,6 +140,8 @@ def check(spec: JobSpec, config: RunConfig) -> list[str]:
             columns that the config asks for, a rehearsal outside of the schedule.
     """
     check_layout(config, spec.world_size)
+    if not spec.slurm.container:
+        check_sinks(config)
     missing: list[UserError] = []
     for field, url, files in inputs(config):
         try:
@@ -162,19 +162,21 @@ def check(spec: JobSpec, config: RunConfig) -> list[str]:
 
 
 def check_folder(
-    folder: RunFolder, config: RunConfig, *, fresh: bool, mend: str = "give another --run-dir, or set the storage keys"
-) -> None:
+    folder: RunFolder, config: RunConfig, *, fresh: bool, mend: str = "give another --run-dir, or set the storage keys",
+    have_lock: bool = False,
+) -> None:  # fmt: skip
     """Whether the run folder may be taken; writes nothing.
 
     Args:
         mend: what helps where it cannot be looked at.
+        have_lock: this process has the folder's lock itself.
 
     Raises:
         UserError: a job lives in it, it holds a run of another config, or something that is not a run; or storage does not show
             it.
     """
     try:
-        live = live_job(folder)
+        live = live_job(folder, have_lock=have_lock)
         if live:
             raise UserError(f"{folder.url}: in use by {live}; stop that one first or take another --run-dir")
         if not folder.exists(CONFIG):
@@ -226,6 +228,13 @@ def remove_run(folder: RunFolder) -> None:
         raise UserError(f"{folder.url}: cannot be removed ({e})") from None
 
 
+def make_work_dir(spec: JobSpec, folder: RunFolder) -> None:
+    try:
+        os.makedirs(spec.work_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder.url}: the run folder cannot be written ({e}); give a writable --run-dir") from None
+
+
 def record_job(folder: RunFolder, spec: JobSpec, **what: Any) -> None:
     """Write `job.json`: how the run was started, by whom, and from now on every restart and the end. Of the jobs that had
     the folder before, it keeps their restarts and ends."""
@@ -261,8 +270,11 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
-def live_job(folder: RunFolder) -> str | None:
+def live_job(folder: RunFolder, *, have_lock: bool = False) -> str | None:
     """The job that this run folder belongs to right now, in words; None when there is none.
+
+    Args:
+        have_lock: this process has the folder's lock itself.
 
     Raises:
         UserError: it cannot be told, because its scheduler or its machine cannot be asked.
@@ -271,16 +283,12 @@ def live_job(folder: RunFolder) -> str | None:
         return None
     job = folder.read_json(JOB)
     if job.get("cluster") == "slurm":
-        for job_id in slurm_jobs_of(job):
-            state = slurm_state(job_id)
-            if state:
-                return f"SLURM job {job_id} ({state})"
-        return None
+        return _live_slurm_job(folder, job)
     if job.get("cluster") == "kubernetes":
         return f"Kubernetes job {job.get('job')}" if not job.get("ended") and is_alive(folder) else None
     name = f"process {job.get('pid')} on {job.get('host')}"
     if folder.is_local:
-        return name if _is_locked(folder.path(LOCK)) else None
+        return name if not have_lock and is_locked(folder.path(LOCK)) else None
     if job.get("ended"):
         return None
     if job.get("host") == socket.gethostname():
@@ -290,46 +298,41 @@ def live_job(folder: RunFolder) -> str | None:
                     f"if it is gone, remove {folder.url}/{JOB}")  # fmt: skip
 
 
+def given_away(folder: RunFolder, job_id: str) -> str | None:
+    """The job that the run folder is of, in words, where that is not this one: two were submitted at the same time."""
+    job = folder.read_json(JOB) if folder.exists(JOB) else None
+    if job is None or job_id in (job.get("job_id"), *(job.get("chain") or ())):
+        return None
+    return f"{job.get('cluster')} job {job.get('job_id') or job.get('pid')}"
+
+
+def _live_slurm_job(folder: RunFolder, job: Mapping[str, Any]) -> str | None:
+    if elsewhere := other_cluster_of(job):
+        if job.get("ended"):
+            return None
+        raise UserError(
+            f"{folder.url}: SLURM job {job.get('job_id')} of cluster {elsewhere} has it, which cannot be asked from "
+            f"here, cluster {cluster_name()}; submit there, or if that job is gone, remove {folder.url}/{JOB}"
+        )
+    name = job.get("job_name")
+    for job_id in slurm_jobs_of(job):
+        state = slurm_state(job_id, name if isinstance(name, str) else None)
+        if state:
+            return f"SLURM job {job_id} ({state})"
+    return None
+
+
+def other_cluster_of(job: Mapping[str, Any]) -> str | None:
+    """The cluster that this SLURM job was submitted to, where it is known not to be the one that is asked from here."""
+    theirs = job.get("slurm_cluster")
+    ours = cluster_name() if isinstance(theirs, str) else None
+    return str(theirs) if ours is not None and ours != theirs else None
+
+
 def slurm_jobs_of(job: Mapping[str, Any]) -> list[str]:
     """The SLURM job that `job.json` is of, and those of its chain that may come after it."""
     current, chain = str(job.get("job_id")), [str(job_id) for job_id in job.get("chain") or ()]
     return [current, *chain[chain.index(current) + 1 if current in chain else 0 :]]
-
-
-def _is_locked(path: str) -> bool:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
-
-
-def slurm_state(job_id: str) -> str | None:
-    """`PENDING`, `RUNNING`, ...; None when SLURM does not know the job any more. Asks squeue: sacct needs a database.
-
-    Raises:
-        UserError: SLURM cannot be asked.
-    """
-    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T", "--states", "all"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise UserError(
-            f"squeue: cannot say whether SLURM job {job_id} lives ({e}); ask from a node of its cluster"
-        ) from None
-    if result.returncode:
-        if "Invalid job id" in result.stderr:
-            return None
-        raise UserError(f"squeue: cannot say whether SLURM job {job_id} lives ({' '.join(result.stderr.split())})")
-    ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", ""}
-    state = result.stdout.strip()
-    return None if state in ended else state
 
 
 # --------------------------------------------------------------------------------------------------------------- units

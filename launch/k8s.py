@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 EXAMPLES = """
 \b
 Examples:
-  python launch/k8s.py demo --cpu --image IMAGE --run-dir s3://bucket/runs/demo --secret s3-keys --dry-run
-  python launch/k8s.py imagenet_256 --nodes 4 --gpus-per-node 8 --image IMAGE --run-dir /data/runs/imagenet_256 \\
+  loupe k8s demo --cpu --image IMAGE --run-dir s3://bucket/runs/demo --secret s3-keys --dry-run
+  loupe k8s imagenet_256 --nodes 4 --gpus-per-node 8 --image IMAGE --run-dir /data/runs/imagenet_256 \\
       --volume-claim training-data:/data --set data.datasets.imagenet.url=/data/imagenet ...
-  python launch/k8s.py demo --cpu --image IMAGE --run-dir s3://bucket/runs/demo --render jobset | kubectl apply -f -
+  loupe k8s demo --cpu --image IMAGE --run-dir s3://bucket/runs/demo --render jobset | kubectl apply -f -
 """
 REQUEST_S = 60.0
 """Longest wait for an answer of the cluster's API."""
@@ -52,7 +52,9 @@ def _torchx() -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)
             yield
     except ImportError as e:
-        raise UserError(f"{e.name}: not installed; pip install 'loupe[kubernetes]', or take --render jobset") from None
+        raise UserError(
+            f"{e.name}: not installed; pip install -e '.[kubernetes]' in the checkout, or take --render jobset"
+        ) from None
 
 
 def volcano(
@@ -95,7 +97,7 @@ def submit(spec: KubernetesSpec, config: RunConfig) -> list[str]:
         from urllib3.exceptions import HTTPError
 
         objects = CustomObjectsApi(client)
-        notes = check_nodes(client, spec)
+        notes = [*warnings_of(spec), *check_nodes(client, spec)]
         try:
             scheduler.schedule(info)
             job = objects.get_namespaced_custom_object("batch.volcano.sh", "v1alpha1", namespace, "jobs", spec.name)
@@ -172,6 +174,17 @@ def check_nodes(client: "ApiClient", spec: KubernetesSpec) -> list[str]:
     return []
 
 
+def warnings_of(spec: KubernetesSpec) -> list[str]:
+    """Of what the job does not ask for, and should."""
+    missing = [
+        option for option, value in (("--cpus-per-task", spec.cpus_per_task), ("--mem", spec.mem)) if value is None
+    ]
+    if not missing:
+        return []
+    return [f"warning: no {' and no '.join(missing)}: the pods may come to a node that has none left, and are the first to be "
+            "ended where it runs short"]  # fmt: skip
+
+
 def _check_storage(spec: KubernetesSpec, config: RunConfig) -> None:
     """Raises UserError: the run folder is another run's, a live job's, or cannot be looked at."""
     mend = "set the storage keys here too, or add --skip-storage-check"
@@ -197,8 +210,9 @@ def _refusal(error: Exception, spec: KubernetesSpec, namespace: str) -> str:
 @click.command(epilog=EXAMPLES, context_settings={"max_content_width": 120, "show_default": True})
 @job_options
 @click.option("--render", type=click.Choice(["jobset", "volcano"]),
-              help="Print the objects as YAML, for `kubectl apply -f -`.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the objects and the config; ask no cluster.")
+              help="Print the objects as YAML, for `kubectl apply -f -`; ask no cluster.")  # fmt: skip
+@click.option("--dry-run", is_flag=True,
+              help="As --render volcano (or what --render says), with the config as a comment behind it.")  # fmt: skip
 @click.option("--skip-storage-check", is_flag=True, help="Do not look at the run folder, which only pods can reach.")
 def main(render: str | None, dry_run: bool, skip_storage_check: bool, **options: Any) -> int:
     """Train RECIPE on Kubernetes: a recipe's name (see `loupe recipes`), or the config.yaml of an earlier run.
@@ -209,6 +223,8 @@ def main(render: str | None, dry_run: bool, skip_storage_check: bool, **options:
     if not skip_storage_check and is_visible_here(spec):
         _check_storage(spec, config)
     if render or dry_run:
+        for warning in warnings_of(spec):
+            click.echo(warning, err=True)
         click.echo(rendered(render or "volcano", spec, config), nl=False)
         if dry_run:
             click.echo(

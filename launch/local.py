@@ -1,35 +1,36 @@
 """The supervisor of a job on this machine: starts the ranks, shows progress, restarts as a cluster would. No torch."""
 
-import fcntl
 import os
 import re
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from launch.console import Display, Follower, where_things_are
 from launch.environment import Place
-from launch.job import LOCK, JobSpec, process_start, record_job, signal_name, trainer_command
+from launch.folder_lock import locked
+from launch.job import JobSpec, make_work_dir, process_start, record_job, signal_name, trainer_command
 from launch.log_tails import tails_kept
 from launch.ranks import (
     CRASH_GRACE_S,
     Outcome,
-    decide,
     end_job,
-    kill_rank,
+    kill_ranks,
     last_line,
     log_path,
     outcome_of,
     signal_rank,
     start_rank,
+    wait_for_ranks,
 )
+from launch.slurm_job.unrecorded import decide_or_note, within_limit
 from trainer.config import RunConfig
-from trainer.errors import ExitCode, UserError
+from trainer.discovery import after_the_ranks
+from trainer.errors import ExitCode, one_line
 from trainer.run_folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
@@ -44,11 +45,8 @@ def run_local(
 
     `prepare` fills the run folder, once it is this process's alone.
     """
-    try:
-        os.makedirs(spec.work_dir, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder.url}: the run folder cannot be written ({e}); give a writable --run-dir") from None
-    with _lock(spec, folder):
+    make_work_dir(spec, folder)
+    with locked(spec.work_dir, folder.url):
         prepare()
         record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
         if spec.preflight and (code := _unfit(spec, folder, display)) is not None:
@@ -74,23 +72,12 @@ def _unfit(spec: JobSpec, folder: RunFolder, display: Display) -> int | None:
     return int(verdict.code)
 
 
-@contextmanager
-def _lock(spec: JobSpec, folder: RunFolder) -> Iterator[None]:
-    """The run folder is this process's until it ends, of whatever it dies."""
-    with open(os.path.join(spec.work_dir, LOCK), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder.url}: another job has just taken it; take another --run-dir") from None
-        yield
-
-
 class Supervisor:
     """One job on this machine.
 
     Args:
         command: what each rank runs; the trainer, unless a test says otherwise.
-        backoff_s: pause before the first restart after a crash; doubles with each.
+        backoff_s: pause before the first restart after a crash; doubles with each that brings no newer step.
         crash_grace_s: how long the others may live after one rank has crashed.
     """
 
@@ -112,7 +99,7 @@ class Supervisor:
         self._stop: int | None = None
         """The signal that asked this process to stop."""
         self._kill = False
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._rehearsed = False
         self._follower = Follower(folder, display, from_now=True)
 
@@ -121,15 +108,13 @@ class Supervisor:
         try:
             return self._run()
         finally:
-            for process in self._processes:
-                kill_rank(process)
-                process.wait()
+            self._note_stuck(kill_ranks(self._processes))
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._display.close()
 
     def _run(self) -> int:
-        crashes = attempt = 0
+        crashes = attempt = reached = 0
         while True:
             self._display.note(f"{self._spec.run_dir}: {self._spec.world_size} process(es), "
                                f"logs in {log_path(self._spec.work_dir, 0).parent}")  # fmt: skip
@@ -137,13 +122,17 @@ class Supervisor:
             log = log_path(self._spec.work_dir, outcome.rank)
             if self._stop is not None and outcome.kind != "done":
                 return self._stopped(outcome, log)
-            decision = decide(
-                self._folder, outcome, preempted=self._rehearsed, log=log, max_restarts=self._spec.max_restarts
-            )
+            decision = decide_or_note(
+                self._folder, self._reports(attempt), outcome, preempted=self._rehearsed, log=log,
+                max_restarts=self._spec.max_restarts,
+            )  # fmt: skip
             if not decision.restart:
                 self._display.note("done" if decision.code == 0 else f"the run has stopped: {decision.why}")
                 self._say_where()
                 return decision.code
+            if self._follower.step > reached:
+                # it got on since the last crash, so this is another one: a long run does not pay for all it has seen
+                reached, crashes = self._follower.step, 0
             crashes += outcome.kind == "crash"
             pause_s = min(self._backoff_s * 2 ** (crashes - 1), MAX_BACKOFF_S) if outcome.kind == "crash" else 0.0
             self._display.note(f"{decision.why}; starting again" + (f" in {pause_s:.0f} s" if pause_s else ""))
@@ -168,10 +157,22 @@ class Supervisor:
             why = (
                 f"rank {outcome.rank} ended with {signal_name(outcome.code)} while stopping ({name}): {last_line(log)}"
             )
-        end_job(self._folder, code, why)
+        try:
+            within_limit(lambda: end_job(self._folder, code, why), "to record the end")
+        except Exception as e:  # each storage client has errors of its own; the ranks have saved, or not, all the same
+            self._display.note(f"WARNING: the end is not recorded ({one_line(e)})")
         self._display.note(why)
         self._say_where()
         return code
+
+    def _reports(self, attempt: int) -> Path:
+        """Where the end of a start is noted which the run folder does not take."""
+        return Path(self._spec.work_dir, "local", f"{os.getpid()}-{process_start(os.getpid())}.{attempt}")
+
+    def _note_stuck(self, ranks: Sequence[int]) -> None:
+        if ranks:
+            self._display.note(f"WARNING: rank(s) {', '.join(map(str, ranks))} do not die of SIGKILL: a disk or a driver holds "
+                               "them; they are left behind")  # fmt: skip
 
     def _say_where(self) -> None:
         for text in where_things_are(self._folder):
@@ -184,43 +185,36 @@ class Supervisor:
         world_size = self._spec.world_size
         port = free_port()
         self._rehearsed = False
-        self._processes = []
+        self._processes = {}
         for rank in range(world_size):
             place = Place(
                 rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size,
                 master_addr="127.0.0.1", master_port=port, code_dir=self._spec.code_dir, work_dir=self._spec.work_dir,
                 use_gpus=not self._spec.cpu, num_threads=self._config.parallel.num_threads, one_machine=True,
             )  # fmt: skip
-            self._processes.append(start_rank(self._command, place, attempt=f"start {attempt}"))
+            self._processes[rank] = start_rank(self._command, place, attempt=f"start {attempt}")
         if self._stop is not None:
             self._pass_on(signal.SIGTERM)  # asked while they were being started
-        codes: dict[int, int] = {}
-        first = 0
         said = False
-        deadline: float | None = None
-        while len(codes) < world_size:
-            for rank, process in enumerate(self._processes):
-                if rank not in codes and process.poll() is not None:
-                    first = first if codes else rank
-                    codes[rank] = process.returncode
-            if len(codes) == world_size or self._kill:
-                break
-            if deadline is None and any(code not in (0, ExitCode.REQUEUE) for code in codes.values()):
-                deadline = time.monotonic() + self._crash_grace_s
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            self._follower.poll()
-            self._rehearse(attempt)
+
+        def look() -> bool:
+            """Show what is new; whether the ranks are to be killed."""
+            nonlocal said
+            if not self._kill:
+                self._follower.poll()
+                self._rehearse(attempt)
             if self._stop is not None and not said:
                 said = True
                 self._display.note("stopping: the ranks save first; Ctrl-C again kills them")
-            time.sleep(self._poll_s)
-        for process in self._processes:
-            kill_rank(process)  # those that linger, and data workers that a crash has left
-            process.wait()
-        self._processes = []
+            return self._kill
+
+        ends = wait_for_ranks(self._processes, give_up=look, crash_grace_s=self._crash_grace_s, poll_s=self._poll_s)
+        self._processes = {}
+        if trouble := after_the_ranks(self._config.metrics.discovery_dir, self._folder.url):
+            self._display.note(f"WARNING: {trouble}")
+        self._note_stuck(ends.stuck)
         self._follower.poll()
-        return outcome_of(codes, first=first, world_size=world_size, stop_requested=self._stop is not None)
+        return outcome_of(ends.codes, first=ends.first, world_size=world_size, stop_requested=self._stop is not None)
 
     def _rehearse(self, attempt: int) -> None:
         at = self._spec.rehearse_preemption
@@ -241,7 +235,7 @@ class Supervisor:
             self._pass_on(signal.SIGTERM)
 
     def _pass_on(self, number: int) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             signal_rank(process, number)
 
     def _sleep(self, seconds: float) -> None:

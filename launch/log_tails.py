@@ -24,13 +24,17 @@ FIRST_LINE = re.compile(rb"^==== from byte (\d{1,18}) of the log\n")
 
 @contextmanager
 def tails_kept(
-    run_dir: str, logs: Sequence[Path], *, interval_s: float = INTERVAL_S, last_s: float = LAST_S
+    run_dir: str, logs: Sequence[Path], *, interval_s: float = INTERVAL_S, last_s: float = LAST_S, of_start: str = ""
 ) -> Iterator[None]:
-    """Within, the ends of `logs` are kept in `logs/` of a remote run folder; where that is on a disk, they lie there anyway."""
+    """Within, the ends of `logs` are kept in `logs/` of a remote run folder; where that is on a disk, they lie there anyway.
+
+    Args:
+        of_start: stands in the names, as in rank-0.20260131-120000.log, where each start has logs of its own.
+    """
     if "://" not in run_dir or run_dir.startswith(("file://", "local://")):
         yield
         return
-    keeper = _Keeper(run_dir, logs, interval_s)
+    keeper = _Keeper(run_dir, logs, interval_s, of_start)
     keeper.start()
     try:
         yield
@@ -41,9 +45,9 @@ def tails_kept(
 class _Keeper(threading.Thread):
     """A daemon: storage that hangs must not keep a job from ending."""
 
-    def __init__(self, run_dir: str, logs: Sequence[Path], interval_s: float) -> None:
+    def __init__(self, run_dir: str, logs: Sequence[Path], interval_s: float, of_start: str) -> None:
         super().__init__(daemon=True, name="log tails")
-        self._run_dir, self._logs, self._interval_s = run_dir, list(logs), interval_s
+        self._run_dir, self._logs, self._interval_s, self._of_start = run_dir, list(logs), interval_s, of_start
         self._ended = threading.Event()
         self._uploaded: dict[Path, int] = {}
         self._complaint: str | None = None
@@ -67,7 +71,8 @@ class _Keeper(threading.Thread):
             try:
                 size = os.stat(path).st_size
                 if size != self._uploaded.get(path):
-                    RunFolder(self._run_dir).write_bytes(f"logs/{path.name}", tail_of(path))
+                    name = f"{path.stem}.{self._of_start}{path.suffix}" if self._of_start else path.name
+                    RunFolder(self._run_dir).write_bytes(f"logs/{name}", tail_of(path))
                     self._uploaded[path] = size
             except FileNotFoundError:
                 continue  # it has not begun

@@ -2,32 +2,46 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launch.cancellation import CANCELLED, asked_to_cancel
 from launch.environment import Place, rank_environment
 from launch.job import signal_name, update_job
+from launch.reached import reached
 from trainer.errors import ExitCode
+from trainer.restarts import (
+    BAD_NODE,
+    MAX_WITHOUT_CHECKPOINT,
+    NO_STEP_EXPECTED,
+    WARNED,
+    used_of_budget,
+    without_checkpoint,
+)
 from trainer.run_folder import JOB, RunFolder
 
 CRASH_GRACE_S = 10.0
 """One rank has crashed: the others may follow by themselves for so long, since one of them may know the true reason."""
-MAX_RESTARTS_WITHOUT_STEP = 3
-"""Restarts in a row without a newer step; more of them would only burn the allocation."""
-BAD_NODE = "bad node"
-"""Reason of a restart for a machine that failed the check before the ranks start; the next start goes without it."""
-CRASHES = ("crash", "hang", BAD_NODE)
-"""Reasons of restarts that count against the budget."""
-NO_STEP_EXPECTED = ("preempted", BAD_NODE)
-"""Reasons that say nothing of whether the run itself gets on: a busy cluster preempts before the first step."""
+KILL_S = 30.0
+"""Longest wait for processes that have been killed: one that a hung disk or driver holds dies when that lets go, or never."""
 HANGS = (ExitCode.HANG, -signal.SIGALRM, 128 + signal.SIGALRM)
 """How a rank ends that its watchdog has ended; by SIGALRM where its interpreter was stuck too."""
+_HEAD = re.compile(r"==== \d{4}-\d\d-\d\d ")
+"""Of a start's part of a rank's log."""
+_WARNING = re.compile(r"\bwarnings\.warn\(|\b[A-Za-z]*Warning: ")
+"""A line that is no reason for an end; Python writes two of each."""
+_OF_SIGNALS: dict[int, str] = {
+    signal.SIGKILL: "killed, most often for want of memory; see --mem, and dmesg on its node",
+    signal.SIGSEGV: "a fault in native code; the log may have its stack",
+    signal.SIGBUS: "memory that could not be read or written, most often a full /dev/shm or disk",
+    signal.SIGTERM: "ended by somebody else's SIGTERM before it could save",
+}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -72,10 +86,70 @@ def kill_rank(process: subprocess.Popen[bytes]) -> None:
         return
 
 
+def kill_ranks(processes: Mapping[int, subprocess.Popen[bytes]], *, within_s: float = KILL_S) -> tuple[int, ...]:
+    """SIGKILL them and their data workers; the ranks that do not die of it within the time, which are left behind."""
+    for process in processes.values():
+        kill_rank(process)
+    deadline, stuck = time.monotonic() + within_s, []
+    for rank, process in processes.items():
+        try:
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            stuck.append(rank)
+    return tuple(stuck)
+
+
 def signal_rank(process: subprocess.Popen[bytes], number: int) -> None:
     """The rank's own process only: its data workers must live until it has saved."""
     if process.poll() is None:
         process.send_signal(number)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How the ranks of one launcher ended."""
+
+    codes: dict[int, int]
+    """Of the ranks that ended by themselves, in the order in which they were seen to; negative for a signal."""
+    times: dict[int, float]
+    """Unix times of these ends."""
+    stuck: tuple[int, ...] = ()
+    """Ranks that do not die of SIGKILL: a disk or a driver holds them."""
+
+    @property
+    def first(self) -> int:
+        """The first that ended otherwise than well, else the first; 0 where none has."""
+        return next((rank for rank, code in self.codes.items() if not _is_well(code)), next(iter(self.codes), 0))
+
+
+def wait_for_ranks(
+    processes: Mapping[int, subprocess.Popen[bytes]], *, give_up: Callable[[], bool], crash_grace_s: float = CRASH_GRACE_S,
+    poll_s: float = 0.2,
+) -> Ends:  # fmt: skip
+    """Until all ranks have ended; those that linger are killed, and data workers that a crash has left.
+
+    Ranks linger when one of them has ended otherwise than well, since they wait for it: they have `crash_grace_s` from then.
+
+    Args:
+        processes: by rank.
+        give_up: called between two looks; True: wait no longer.
+    """
+    ends = Ends({}, {})
+    deadline: float | None = None
+    while True:
+        for rank, process in processes.items():
+            if rank not in ends.codes and process.poll() is not None:
+                ends.codes[rank], ends.times[rank] = process.returncode, time.time()
+                if deadline is None and not _is_well(process.returncode):
+                    deadline = time.monotonic() + crash_grace_s
+        if len(ends.codes) == len(processes) or (deadline is not None and time.monotonic() > deadline) or give_up():
+            break
+        time.sleep(poll_s)
+    return replace(ends, stuck=kill_ranks(processes))
+
+
+def _is_well(code: int) -> bool:
+    return code in (ExitCode.DONE, ExitCode.REQUEUE)
 
 
 def last_line(path: Path, *, max_bytes: int = 16_384) -> str:
@@ -86,7 +160,15 @@ def last_line(path: Path, *, max_bytes: int = 16_384) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return "no log"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing in the log")
+    told = (line.strip() for line in reversed(lines) if line.strip() and not _WARNING.search(line))
+    last = next(told, "nothing in the log")
+    return "nothing said since its start" if _HEAD.match(last) else last
+
+
+def cause_of(code: int, log: Path) -> str:
+    """Why a rank has ended with `code`, as far as can be told. Of what a signal ended the log's last line is not the reason."""
+    number = -code if code < 0 else code - 128
+    return _OF_SIGNALS[signal.Signals(number)] if number in _OF_SIGNALS else last_line(log)
 
 
 # ------------------------------------------------------------------------------------------- what the exit codes say
@@ -123,7 +205,7 @@ def outcome_of(codes: Mapping[int, int], *, first: int, world_size: int, stop_re
             if code in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGUSR2, 128 + signal.SIGUSR2):
                 # Asked before the trainer could listen: nothing to save yet, and its peers fail for want of it.
                 return Outcome("requeue", int(ExitCode.REQUEUE), rank)
-    bad = {rank: code for rank, code in codes.items() if code not in (ExitCode.DONE, ExitCode.REQUEUE)}
+    bad = {rank: code for rank, code in codes.items() if not _is_well(code)}
     if bad:
         rank = first if first in bad else next(iter(bad))
         return Outcome("crash", bad[rank], rank)
@@ -143,11 +225,16 @@ class Decision:
     why: str
 
 
-def decide(folder: RunFolder, outcome: Outcome, *, preempted: bool, max_restarts: int, log: Path) -> Decision:
+def decide(
+    folder: RunFolder, outcome: Outcome, *, preempted: bool, max_restarts: int, log: Path, asked_by: str | None = None
+) -> Decision:  # fmt: skip
     """Start again or not; the restart, or the end, is recorded in `job.json`.
 
-    Crashes have a budget. Restarts in a row that bring no newer step end the run, whatever its budget: except for
-    preemptions, which a busy cluster may well repeat before the first step.
+    Crashes have a budget, which fills up again as the run gets on. Restarts in a row that bring no newer checkpoint end the
+    run, whatever its budget: except for preemptions, which a busy cluster may well repeat before the first step.
+
+    Args:
+        asked_by: name of the signal that asked it to stop, where that is known.
     """
     name = f"rank {outcome.rank} ended with {signal_name(outcome.code)}"
     if outcome.kind == "done":
@@ -155,10 +242,16 @@ def decide(folder: RunFolder, outcome: Outcome, *, preempted: bool, max_restarts
     if outcome.kind == "stop":
         return _end(folder, int(ExitCode.STOP), f"{last_line(log)} (rank {outcome.rank}; log: {log})")
     if asked_to_cancel(folder):
-        how = "after saving" if outcome.kind == "requeue" else f"not saved: {name}"
-        return _end(folder, CANCELLED, f"cancelled ({how}); `loupe runs resume` goes on from the newest checkpoint")
+        saved = reached(folder).checkpoint
+        newest = f"step {saved}" if saved >= 0 else "none"
+        why = (
+            f"saved at {newest}"
+            if outcome.kind == "requeue" and saved >= 0
+            else f"not saved, newest checkpoint: {newest}"
+        )
+        return _end(folder, CANCELLED, f"cancelled, {why}" + ("" if outcome.kind == "requeue" else f"; {name}"))
     history: list[dict[str, Any]] = folder.read_json(JOB)["restarts"] if folder.exists(JOB) else []
-    step = newest_step(folder)
+    now = reached(folder, history)
     reason: str = (
         outcome.kind if outcome.kind in ("crash", "lost") else "preempted" if preempted else "asked by the trainer"
     )
@@ -166,25 +259,24 @@ def decide(folder: RunFolder, outcome: Outcome, *, preempted: bool, max_restarts
         reason = "hang"
     if outcome.kind == "crash" and outcome.code == ExitCode.BAD_NODE:
         reason = BAD_NODE
+    warned = reason == "preempted" and asked_by == "SIGUSR2"
     if outcome.kind == "crash":
         stuck = outcome.code in HANGS and outcome.code != ExitCode.HANG
-        said = "no step, and native code held the interpreter; its stacks are in the log" if stuck else last_line(log)
+        in_native = "no step, and native code held the interpreter; its stacks are in the log"
+        said = in_native if stuck else cause_of(outcome.code, log)
         name += f": {said} (log: {log})"
-        crashes = sum(entry["reason"] in CRASHES for entry in history)
-        if crashes >= max_restarts:
+        if used_of_budget(history, now.train_seconds) >= max_restarts:
             return _end(folder, outcome.code if outcome.code > 0 else 128 - outcome.code,
                         f"{name}; not started again, the budget of {max_restarts} restarts is spent")  # fmt: skip
-    unmoved = 0
-    for entry in reversed(history):
-        if entry["step"] != step:
-            break
-        unmoved += entry["reason"] not in NO_STEP_EXPECTED
-    if reason not in NO_STEP_EXPECTED and unmoved >= MAX_RESTARTS_WITHOUT_STEP:
-        return _end(folder, int(ExitCode.STOP), f"{name}; not started again, {MAX_RESTARTS_WITHOUT_STEP} restarts have "
-                    f"not brought it past step {step}")  # fmt: skip
-    entry = {"reason": reason, "code": outcome.code, "rank": outcome.rank, "step": step, "time": time.time()}
+    if reason not in NO_STEP_EXPECTED and without_checkpoint(history, now.checkpoint) >= MAX_WITHOUT_CHECKPOINT:
+        got = "to its first checkpoint" if now.checkpoint < 0 else f"past the checkpoint of step {now.checkpoint}"
+        return _end(folder, int(ExitCode.STOP), f"{name}; not started again, {MAX_WITHOUT_CHECKPOINT} restarts have "
+                    f"not brought it {got}")  # fmt: skip
+    entry = {"reason": reason, "code": outcome.code, "rank": outcome.rank, **now.as_record(), "time": time.time()}
+    entry |= {"signal": asked_by} if warned else {}
     update_job(folder, restarts=[*history, entry])
-    why = {"crash": name, "lost": f"rank {outcome.rank} was lost"}.get(outcome.kind, f"stopped after saving ({reason})")
+    how = WARNED if warned else reason
+    why = {"crash": name, "lost": f"rank {outcome.rank} was lost"}.get(outcome.kind, f"stopped after saving ({how})")
     return Decision(True, int(ExitCode.REQUEUE), why)
 
 
@@ -195,9 +287,3 @@ def _end(folder: RunFolder, code: int, why: str) -> Decision:
 
 def end_job(folder: RunFolder, code: int, why: str) -> None:
     update_job(folder, ended={"code": code, "why": why, "time": time.time()})
-
-
-def newest_step(folder: RunFolder) -> int:
-    """Newest step in the run's metrics, over all attempts; -1 before the first."""
-    records = folder.metrics()
-    return int(records[-1]["step"]) if records else -1

@@ -7,6 +7,7 @@ if __name__ == "__main__":  # as a script this folder is on sys.path, where its 
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _here)]
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -30,10 +31,12 @@ from launch.job import (
 )
 from launch.local import run_local
 from launch.option_groups import GroupedCommand, option
-from launch.runs.resume import options_of
+from launch.runs.resume import options_of, slurm_only
 from launch.slurm_job.checks import check_time
-from launch.slurm_job.options import LAUNCHERS, RUNTIMES, SlurmOptions, container_of, parse_after
-from launch.slurm_job.queue import fill_folder, submit
+from launch.slurm_job.container import check_mounts
+from launch.slurm_job.flags import after_option, container_options, env_option, include_option, queue_options
+from launch.slurm_job.options import LAUNCHERS, SlurmOptions, container_of, parse_after
+from launch.slurm_job.queue import fill_folder, rehearse, submit
 from launch.slurm_job.script import Job, slurm_executor
 from launch.slurm_job.sweep import elements, spec_of_element
 from trainer.config import RunConfig
@@ -45,13 +48,13 @@ from trainer.run_folder import CONFIG, RunFolder
 EXAMPLES = """
 \b
 Examples:
-  python launch/slurm.py demo --cluster local --nodes 1 --gpus-per-node 2 --cpu
-  python launch/slurm.py demo --cluster slurm --nodes 4 --gpus-per-node 8 --partition train --time 24:00:00
-  python launch/slurm.py demo --cluster slurm --nodes 2 --set phases.perceptual.steps=500 --dry-run
-  python launch/slurm.py runs/demo/config.yaml --cluster local      (goes on with that run)
-  python launch/slurm.py demo --cluster slurm --array phases.0.learning_rate=1e-4,3e-4 --seeds 4 --at-once 2
-  python launch/slurm.py demo --cluster slurm --time 4:00:00 --chain 5      (SLURM does not requeue)
-  python launch/slurm.py demo --cluster slurm --container /images/loupe.sif --container-runtime apptainer
+  loupe submit demo --cluster local --nodes 1 --gpus-per-node 2 --cpu
+  loupe submit demo --cluster slurm --nodes 4 --gpus-per-node 8 --partition train --time 24:00:00
+  loupe submit demo --cluster slurm --nodes 2 --set phases.perceptual.steps=500 --dry-run
+  loupe submit runs/demo/config.yaml --cluster local      (goes on with that run)
+  loupe submit demo --cluster slurm --array phases.0.learning_rate=1e-4,3e-4 --seeds 4 --at-once 2
+  loupe submit demo --cluster slurm --time 4:00:00 --chain 5      (SLURM does not requeue)
+  loupe submit demo --cluster slurm --container /images/loupe.sif --container-runtime apptainer
 """
 ONCE = ("sweeps", "seeds", "at_once", "after")
 """Meant for one submission: `loupe runs resume` does not repeat them."""
@@ -76,7 +79,7 @@ def dry_run_text(jobs: Sequence[Job], *, array_dir: str | None, at_once: int | N
             variables = variables_of(place, {}) | {"MASTER_PORT": "<a free one>"}
             settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
             lines.append(
-                " ".join([f"# rank {rank}\n", *settings, shlex.join(trainer_command(spec.run_dir, spec.work_dir))])
+                f"# rank {rank}\n" + " ".join([*settings, shlex.join(trainer_command(spec.run_dir, spec.work_dir))])
             )
         commands = "\n".join(lines) + "\n"
     configs = [f"# {job.spec.run_dir}/config.yaml\n{to_yaml(job.config)}" for job in jobs]
@@ -104,48 +107,42 @@ RUN, SLURM, ENVIRONMENT, CONTAINER, SEVERAL = (
 @option(RUN, "--run-dir", metavar="PATH|URL", help="The run folder.  [default: runs/NAME]", show_default=False)
 @option(RUN, "--code-dir", metavar="PATH", show_default=False,
         help="The job's copy of the code, on a disk that all nodes see.  [default: RUN/code]")  # fmt: skip
-@option(RUN, "--include", "includes", multiple=True, metavar="FILE|FOLDER",
-        help="Of the checkout, into that copy too, though git does not know it. Repeatable.")  # fmt: skip
+@include_option(RUN)
 @option(RUN, "--fresh", is_flag=True, help="Remove an earlier run in the run folder first.")
-@option(RUN, "--dry-run", is_flag=True, help="Print what would run, and the config; write nothing.")
-@option(RUN, "--max-restarts", default=5, help="Crashes that are answered by a restart; preemptions do not count.")
+@option(RUN, "--dry-run", is_flag=True,
+        help="Print what would run, and the config; write nothing, but ask SLURM whether it would take it.")  # fmt: skip
+@option(RUN, "--max-restarts", default=5,
+        help="Crashes that are answered by a restart, in 24 hours of training; not preemptions.")  # fmt: skip
+@option(RUN, "--discovery-dir", metavar="DIR", show_default=False,
+        help="Folder on a disk that Prometheus sees too, to find the ranks by.  [default: $LOUPE_DISCOVERY_DIR]")  # fmt: skip
 @option(RUN, "--no-preflight", is_flag=True,
         help="Start without the check of each machine, after which a job goes on without those that fail.")  # fmt: skip
 @option(RUN, "--rehearse-preemption", type=int, metavar="STEP",
         help="Preempt the first attempt after this step, as a cluster would (local).")  # fmt: skip
-@option(SLURM, "--partition", help="Partition.")
-@option(SLURM, "--account", help="Account.")
-@option(SLURM, "--qos", help="Quality of service.")
-@option(SLURM, "--time", "time_limit", metavar="TIME", help="Limit of an attempt, minutes or [D-]HH:MM:SS; the "
-        "job saves and is queued again before it.")  # fmt: skip
-@option(SLURM, "--constraint", help="Features that nodes must have.")
-@option(SLURM, "--exclude", help="Nodes to avoid.")
+@queue_options(
+    SLURM, limit="Limit of an attempt, minutes or [D-]HH:MM:SS; the job saves and is queued again before it."
+)
 @option(SLURM, "--cpus-per-task", type=click.IntRange(min=1), help="Cores per rank.")
 @option(SLURM, "--mem", help="Memory per node, such as 64G.")
 @option(SLURM, "--signal-delay", "signal_delay_s", default=120, type=click.IntRange(min=1), metavar="SECONDS",
         help="Warning before the time limit; a save must fit.")  # fmt: skip
 @option(SLURM, "--launcher", type=click.Choice(LAUNCHERS), default="srun",
         help="A task per rank, or a task per node that runs torchrun.")  # fmt: skip
-@option(ENVIRONMENT, "--env", "env", multiple=True, metavar="NAME=VALUE",
-        help="Into the ranks' environment (SLURM); not for secrets, which the shell exports. Repeatable.")  # fmt: skip
-@option(CONTAINER, "--container", "image", metavar="IMAGE", help="Run the ranks in it; a file, or a name.")
-@option(CONTAINER, "--container-runtime", type=click.Choice(RUNTIMES), default="pyxis",
-        help="Pyxis with enroot, as srun has it, or apptainer.")  # fmt: skip
-@option(CONTAINER, "--container-mount", "mounts", multiple=True, metavar="SRC[:DST[:ro]]",
-        help="Besides the run folder, the code and local data, which are mounted anyway. Repeatable.")  # fmt: skip
-@option(CONTAINER, "--container-python", default="python", metavar="COMMAND", help="The image's.")
+@env_option(ENVIRONMENT, "the ranks' environment (SLURM)")
+@container_options(CONTAINER, run="the ranks", mounted="the run folder, the code and local data")
 @option(SEVERAL, "--array", "--sweep", "sweeps", multiple=True, metavar="FIELD=VALUES",
-        help="A run for each value, a,b,c or 0-7, in RUN-FIELD-VALUE. Repeatable: all combinations.")  # fmt: skip
+        help="A run for each value, a,b,c or 0-7, in RUN-FIELD-VALUE; the array's own log is in RUN-array. Repeatable: all "
+        "combinations.")  # fmt: skip
 @option(SEVERAL, "--seeds", type=click.IntRange(min=1), metavar="N", help="As --array seed=0-(N-1).")
 @option(SEVERAL, "--at-once", type=click.IntRange(min=1), metavar="N", help="Of an array, at most so many at a time.")
-@option(SEVERAL, "--after", multiple=True, metavar="[any:]JOB",
-        help="Start when JOB has succeeded; with any:, however it ends. Repeatable.")  # fmt: skip
+@after_option(SEVERAL)
 @option(SEVERAL, "--chain", default=0, metavar="N",
         help="N more jobs, which go on one after the other where SLURM does not requeue.")  # fmt: skip
 def main(
     recipe: str, cluster: str, nodes: int, gpus_per_node: int, cpu: bool, overrides: tuple[str, ...],
     run_dir: str | None, code_dir: str | None, includes: tuple[str, ...], fresh: bool, dry_run: bool, max_restarts: int,
-    no_preflight: bool, rehearse_preemption: int | None, partition: str | None, account: str | None, qos: str | None,
+    discovery_dir: str | None, no_preflight: bool, rehearse_preemption: int | None, partition: str | None,
+    account: str | None, qos: str | None,
     time_limit: str | None, constraint: str | None, exclude: str | None, cpus_per_task: int | None, mem: str | None,
     signal_delay_s: int, launcher: str, env: tuple[str, ...], image: str | None, container_runtime: str,
     mounts: tuple[str, ...], container_python: str, sweeps: tuple[str, ...], seeds: int | None, at_once: int | None,
@@ -155,6 +152,9 @@ def main(
 
     The same command again goes on from the newest checkpoint.
     """
+    if discovery_dir:
+        path = discovery_dir if "://" in discovery_dir else os.path.abspath(discovery_dir)
+        overrides = (*overrides, f"metrics.discovery_dir={json.dumps(path)}")
     config = load_config(recipe, overrides)
     run_dir, own_code_dir = absolute_run_dir(run_dir, recipe, config)
     given = options_of(click.get_current_context())
@@ -184,6 +184,8 @@ def main(
         click.echo(f"WARNING: {warning}", err=True)
     array_dir = f"{spec.work_dir}-array" if array else None
     if dry_run:
+        for warning in rehearse(jobs, array_dir=array_dir, at_once=at_once) if cluster == "slurm" else ():
+            click.echo(f"WARNING: {warning}", err=True)
         click.echo(dry_run_text(jobs, array_dir=array_dir, at_once=at_once), nl=False)
         return 0
     if cluster == "local":
@@ -208,14 +210,11 @@ def _check_together(given: dict[str, Any], cluster: str) -> None:
     Raises:
         UserError: options that go with SLURM only, or not with each other.
     """
-    flags = {
-        "sweeps": "--array", "seeds": "--seeds", "after": "--after", "chain": "--chain", "image": "--container",
-        "launcher": "--launcher", "env": "--env",
-    }  # fmt: skip
     if cluster != "slurm":
-        for name, flag in flags.items():
-            if given.get(name):
-                raise UserError(f"{flag}: goes with --cluster slurm")
+        unheard = slurm_only(main)
+        for parameter in main.params:
+            if parameter.name in unheard and given.get(str(parameter.name)):
+                raise UserError(f"{parameter.opts[0]}: goes with --cluster slurm")
     array = [name for name in ("sweeps", "seeds") if given.get(name)]
     if array and given.get("chain"):
         raise UserError(
@@ -235,7 +234,9 @@ def _check(job: Job, *, fresh: bool) -> list[str]:
     """Warnings; raises UserError for what cannot run."""
     resumes = not fresh and job.folder.exists(CONFIG)
     if job.spec.cluster == "slurm":
-        check_time(job.spec.slurm, job.folder)
+        check_time(job.spec, job.folder)
+        if job.spec.slurm.container:
+            check_mounts(job.spec.slurm.container, job.config, code_dir=job.spec.code_dir, work_dir=job.spec.work_dir)
     # what it began with may be gone by now
     return check(job.spec, replace_fields(job.config, init_from=None) if resumes else job.config)
 

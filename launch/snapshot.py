@@ -16,6 +16,8 @@ from trainer.errors import UserError
 PACKAGES = ("trainer", "launch", "data", "ops")
 RECORD = "SNAPSHOT.json"
 PATCH = "SNAPSHOT.patch"
+GIT_S = 300.0
+"""Longest wait for git; to compare a checkout on a slow disk takes a while."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,12 @@ def _state(root: Path) -> tuple[str | None, bool, bytes, list[str], list[str]]:
 def _git(root: Path, *arguments: str) -> bytes:
     # a checkout that another user owns (a container's mount) is read, never run: git's guard against its hooks is moot
     command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
-    result = subprocess.run(command, capture_output=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, check=False, timeout=GIT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{root}: git {arguments[0]} gives no answer in {GIT_S:.0f} s; see whether its disk hangs"
+        ) from None
     if result.returncode:
         reason = " ".join(result.stderr.decode(errors="replace").split()) or f"exit code {result.returncode}"
         raise UserError(f"{root}: git {arguments[0]} failed ({reason}); mend the checkout, it is copied for the job")

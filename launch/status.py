@@ -1,6 +1,6 @@
 """How a run ended, from its folder alone. No torch."""
 
-from launch.cancellation import asked_to_cancel
+from launch.cancellation import CANCELLED, asked_to_cancel
 from launch.job import live_job
 from trainer.run_folder import JOB, SUMMARY, RunFolder
 
@@ -18,6 +18,8 @@ def end_of(folder: RunFolder) -> str | None:
         return "finished" if folder.exists(SUMMARY) else None
     ended = job.get("ended")
     if ended is not None:
+        if ended["code"] == CANCELLED:
+            return str(ended["why"])
         return "done" if ended["code"] == 0 else f"stopped with code {ended['code']}: {ended['why']}"
     if asked_to_cancel(folder):
         return "cancelled; `loupe runs resume` goes on from its newest checkpoint"

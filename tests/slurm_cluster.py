@@ -5,6 +5,7 @@ Two partitions as clusters with preemption have them: a job in `high` requeues o
 
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -12,13 +13,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd", "munged")
 NUM_NODES = 2
 GRACE_S = 60
-"""Between a preemption's SIGTERM and its SIGKILL."""
+"""Between a preemption's SIGTERM and its SIGKILL, where a test asks for no other."""
 
 
 def installed() -> bool:
@@ -34,6 +35,8 @@ class SlurmCluster:
     folder: Path
     environment: dict[str, str]
     """For commands that talk to this cluster."""
+    daemons: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    """By name: slurmctld, and each node's slurmd by the node's name."""
 
     def run(self, *command: str, check: bool = True) -> str:
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
@@ -66,6 +69,15 @@ class SlurmCluster:
         time.sleep(3)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
+    def start_node(self, name: str) -> None:
+        """Start the node's slurmd, also one that has been killed."""
+        log = self.folder / f"slurmd-{name[1:]}.log"
+        self.daemons[name] = _start(["slurmd", "-D", "-N", name], log, self.environment)
+
+    def node_state(self, name: str) -> str:
+        """idle, allocated, down, idle*, ...; the star: it does not answer."""
+        return self.run("sinfo", "--noheader", "--nodes", name, "--partition", "low", "--format", "%T")
+
     def logs(self) -> str:
         """The ends of the daemons' logs."""
         return "\n".join(
@@ -74,28 +86,30 @@ class SlurmCluster:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, *, more: str = "") -> Iterator[SlurmCluster]:
+def slurm_cluster(folder: Path, *, more: str = "", grace_s: int = GRACE_S) -> Iterator[SlurmCluster]:
     """Start the daemons in `folder`; all of them, and what they run, have ended when the block is left.
 
     Args:
         more: lines for slurm.conf.
+        grace_s: between a preemption's SIGTERM and its SIGKILL.
     """
-    daemons: list[subprocess.Popen[bytes]] = []
-    with _munged(folder) as munge_socket:
-        _write_config(folder, munge_socket, more)
+    # slurmstepd's sockets lie in the spool, and below a test's own folder their names can be too long for one
+    with _munged(folder) as munge_socket, tempfile.TemporaryDirectory(prefix="slurmd-") as spool:
+        _write_config(folder, munge_socket, Path(spool), more, grace_s)
         environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH}
         cluster = SlurmCluster(folder, environment)
+        daemons = cluster.daemons
         try:
-            daemons.append(_start(["slurmctld", "-D"], folder / "slurmctld.log", environment))
+            daemons["slurmctld"] = _start(["slurmctld", "-D"], folder / "slurmctld.log", environment)
             for i in range(NUM_NODES):
-                daemons.append(_start(["slurmd", "-D", "-N", f"n{i + 1}"], folder / f"slurmd-{i + 1}.log", environment))
-            _wait_until_idle(cluster, daemons)
+                cluster.start_node(f"n{i + 1}")
+            _wait_until_idle(cluster, list(daemons.values()))
             yield cluster
         finally:
             _cancel_all(cluster)
-            for daemon in reversed(daemons):
+            for daemon in reversed(daemons.values()):
                 daemon.terminate()
-            for daemon in daemons:
+            for daemon in daemons.values():
                 try:
                     daemon.wait(timeout=10)
                 except subprocess.TimeoutExpired:
@@ -151,12 +165,13 @@ def _munged(log_folder: Path) -> Iterator[Path]:
             process.wait(timeout=10)
 
 
-def _write_config(folder: Path, munge_socket: Path, more: str) -> None:
+def _write_config(folder: Path, munge_socket: Path, spool: Path, more: str, grace_s: int) -> None:
     host = socket.gethostname()
     controller, *ports = _free_ports(1 + NUM_NODES)
     cpus = len(os.sched_getaffinity(0))
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
+    # a job's rendezvous port follows from its number: two clusters on one machine must not count alike
+    first_job = random.randrange(1000, 100_000)
+    (folder / "state").mkdir()
     nodes = "\n".join(
         f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
         for i, port in enumerate(ports)
@@ -170,9 +185,10 @@ AuthType=auth/munge
 AuthInfo=socket={munge_socket}
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
+FirstJobId={first_job}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -188,7 +204,7 @@ KillWait=20
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 {nodes}
-PartitionName=low Nodes=n[1-{NUM_NODES}] Default=YES MaxTime=60 PriorityTier=1 GraceTime={GRACE_S} OverSubscribe=NO
+PartitionName=low Nodes=n[1-{NUM_NODES}] Default=YES MaxTime=60 PriorityTier=1 GraceTime={grace_s} OverSubscribe=NO
 PartitionName=high Nodes=n[1-{NUM_NODES}] MaxTime=60 PriorityTier=10 OverSubscribe=NO
 {more}
 """)

@@ -273,5 +273,6 @@ def ports(wanted: Mapping[str, tuple[str, int]]) -> list[Finding]:
             except OSError as e:
                 taken.append(f"{port} for {what} ({e.strerror})")
     if taken:
-        return [Finding("ports", "warning", f"not free: {some(taken)}", "set metrics.port to another one, or to 0")]
+        mend = "free it; a rank's metrics would take the next free one, but the ranks' rendezvous has this one alone"
+        return [Finding("ports", "warning", f"not free: {some(taken)}", mend)]
     return [Finding("ports", "ok", f"{len(wanted)} free")]

@@ -5,6 +5,7 @@ or not there. Storage that does not answer is left to the trainer, which tries l
 """
 
 import dataclasses
+import os
 import platform
 import re
 import time
@@ -27,6 +28,7 @@ from launch.doctor.device import devices, hardware_errors
 from launch.doctor.storage import cache_disk, dataset, networks, run_folder, run_folder_disk
 from trainer.config import CODE_ROOT, RunConfig, replace
 from trainer.config_text import from_yaml
+from trainer.discovery import listen_on
 from trainer.errors import ExitCode
 from trainer.run_folder import CONFIG, RunFolder
 
@@ -85,7 +87,7 @@ def checks_for(
         checks.append(Check("frozen networks", lambda: networks(config, deadline_s=storage_s), storage_s + 5))
         wanted = dict(wanted_ports or {})
         if config.metrics.port:
-            address = config.metrics.bind_address
+            address = listen_on(config.metrics.bind_address, os.environ)
             wanted |= {f"metrics of rank {i} here": (address, config.metrics.port + i) for i in range(ranks)}
         if wanted:
             checks.append(Check("ports", lambda: ports(wanted), HOST_S))
@@ -120,15 +122,20 @@ def judge(findings: list[Finding], node: str) -> Verdict:
 
 def preflight(
     run_dir: str, work_dir: str, *, attempt: str, node: str, ranks: int, cpu: bool,
-    wanted_ports: Mapping[str, tuple[str, int]] | None = None,
+    wanted_ports: Mapping[str, tuple[str, int]] | None = None, config: RunConfig | None = None,
+    records: RunFolder | None = None,
 ) -> Verdict:  # fmt: skip
     """Check this machine for `ranks` ranks of the run; the record goes to `doctor/ATTEMPT-NODE.json` in the work folder.
 
     Args:
         attempt: names the start among all of the run.
+        config: of the run; absent: from the work folder.
+        records: where the record goes instead.
     """
     began = time.time()
-    config = replace(from_yaml(Path(work_dir, CONFIG).read_text(), source=f"{work_dir}/{CONFIG}"), init_from=None)
+    if config is None:
+        config = from_yaml(Path(work_dir, CONFIG).read_text(), source=f"{work_dir}/{CONFIG}")
+    config = replace(config, init_from=None)  # gone by now, maybe, and not read by a run that goes on
     findings = run_checks(checks_for(
         config, run_dir, work_dir=work_dir, ranks=ranks, cpu=cpu, quick=True, devices_too=not cpu, wanted_ports=wanted_ports,
     ))  # fmt: skip
@@ -140,9 +147,9 @@ def preflight(
     name = f"{attempt}-{node}"
     assert RECORD_NAME.fullmatch(name), name
     try:
-        RunFolder(work_dir).write_json(f"{FOLDER}/{name}.json", record)
+        (records or RunFolder(work_dir)).write_json(f"{FOLDER}/{name}.json", record)
     except OSError as e:  # a full disk, of which the findings tell
-        print(f"warning: {work_dir}/{FOLDER}/{name}.json: cannot be written ({e})", flush=True)
+        print(f"warning: {FOLDER}/{name}.json: cannot be written ({e})", flush=True)
     return verdict
 
 

@@ -4,7 +4,7 @@ import os
 import secrets
 import tempfile
 import time
-from datetime import UTC, datetime
+from contextlib import suppress
 
 import fsspec
 
@@ -18,7 +18,7 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.config import DatasetConfig, RunConfig, resolve_url
 from trainer.errors import UserError, one_line
-from trainer.run_folder import CHECKPOINTS, RunFolder, make_folder
+from trainer.run_folder import CHECKPOINTS, RunFolder, make_folder, modified
 
 SKEW_S = 5.0
 """Leases of data stages, heartbeats and job records compare times of several machines."""
@@ -58,7 +58,7 @@ def run_folder(url: str, *, num_bytes: int, deadline_s: float) -> list[Finding]:
         same = call_within(lambda: fs.cat_file(large), deadline, step) == data
         read_s = time.monotonic() - began
         step = "asked for times"
-        modified = call_within(lambda: _modified(fs, small), deadline, step)
+        written = call_within(lambda: _modified(fs, small), deadline, step)
         step = "deleted"
         for path in (small, large):
             call_within(lambda path=path: fs.rm_file(path), deadline, step)  # type: ignore[misc]
@@ -75,7 +75,7 @@ def run_folder(url: str, *, num_bytes: int, deadline_s: float) -> list[Finding]:
     mb = num_bytes / 1e6
     figure = f"{url}: {1e3 * latency_s:.0f} ms a write, {mb / write_s:.0f} MB/s written, {mb / read_s:.0f} read"
     figures = {"latency_s": latency_s, "write_mb_per_s": mb / write_s, "read_mb_per_s": mb / read_s}
-    clock_finding = clock(modified, before, after)
+    clock_finding = clock(written, before, after)
     if not same:
         mend = "this storage, or the way to it, damages data: do not train here"
         return [Finding("run folder", "failed", f"{url}: other bytes came back than were written", mend, "run",
@@ -101,11 +101,17 @@ def _write(folder: RunFolder, path: str, data: bytes) -> None:
     if not folder.is_local:
         folder.fs.pipe_file(path, data)
         return
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or memory would be read, not the disk
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or memory would be read, not the disk
+    except OSError:
+        # on a full disk it has taken the last bytes, which the run's records need
+        with suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def _seconds(function, deadline: float, what: str) -> float:  # type: ignore[no-untyped-def]
@@ -118,15 +124,8 @@ def _seconds(function, deadline: float, what: str) -> float:  # type: ignore[no-
 
 
 def _modified(fs: fsspec.AbstractFileSystem, path: str) -> float | None:
-    """Unix time at which storage says that the file was written; None where it does not say."""
     fs.invalidate_cache()
-    try:
-        found = fs.modified(path)
-    except NotImplementedError:
-        return None
-    if not isinstance(found, datetime):
-        return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return modified(fs, path)
 
 
 def clock(modified: float | None, before: float, after: float) -> Finding:

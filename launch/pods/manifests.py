@@ -8,12 +8,14 @@ How often is the business of the pod of rank 0, which knows crashes from preempt
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.discovery.snippets import pod_monitor_endpoints
 from launch.pods.spec import CONTAINER, KubernetesSpec
+from launch.pods.template import PodNeeds, pod_spec
 from trainer.config import RunConfig
 from trainer.config_text import to_yaml
 from trainer.errors import ExitCode
 
-CONFIG_ENV, HOST_ENV, ATTEMPT_ENV = "LOUPE_CONFIG", "LOUPE_MAIN_HOST", "LOUPE_ATTEMPT"
+CONFIG_ENV, HOST_ENV, ATTEMPT_ENV, NODE_ENV = "LOUPE_CONFIG", "LOUPE_MAIN_HOST", "LOUPE_ATTEMPT", "LOUPE_NODE"
 FINAL_CODES = (int(ExitCode.USAGE), int(ExitCode.STOP), 126, 127, 128)
 """126 to 128: the container's command is not there or cannot run. Starting again would not mend it."""
 RESTARTS_AT_MOST = 1000
@@ -30,66 +32,34 @@ def pod_command(spec: KubernetesSpec, *, host_env: str, index: int | None = None
     ]  # fmt: skip
     if spec.cpu:
         words.append("--cpu")
+    if not spec.preflight:
+        words.append("--no-preflight")
     return words if index is None else [*words, "--index", str(index)]
 
 
 def pod_template(
-    spec: KubernetesSpec, config: RunConfig, command: Sequence[str], env: Sequence[Mapping[str, Any]]
+    spec: KubernetesSpec, config: RunConfig, words: Sequence[str], env: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The same pod for all kinds of job.
 
     Args:
+        words: what its container runs.
         env: what the kind of job adds to the environment.
     """
     # Kubernetes expands $(NAME) in the values of variables; two $ are one
-    settings = {CONFIG_ENV: to_yaml(config).replace("$", "$$"), "HOME": "/tmp", "TMPDIR": "/tmp"}
+    settings = {CONFIG_ENV: to_yaml(config).replace("$", "$$")}
     settings |= {name: value.replace("$", "$$") for name, value in spec.env.items()}
-    container: dict[str, Any] = {
-        "name": CONTAINER,
-        "image": spec.image,
-        "command": list(command),
-        "env": [*({"name": name, "value": value} for name, value in settings.items()), *env],
-        "ports": [
-            {"name": _port_name(i), "containerPort": spec.metrics_port + i, "protocol": "TCP"}
-            for i in range(spec.gpus_per_node)
+    pod = pod_spec(PodNeeds(
+        CONTAINER, spec.image, words, spec.grace_s, _resources(spec), scratch=spec.scratch, shm=spec.shm,
+        env=[
+            *({"name": name, "value": value} for name, value in settings.items()), _field(NODE_ENV, "spec.nodeName"), *env,
         ],
-        "resources": _resources(spec),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}],
-    }
-    if spec.secrets:
-        container["envFrom"] = [{"secretRef": {"name": name}} for name in spec.secrets]
-    volumes: list[dict[str, Any]] = [
-        {"name": "scratch", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": spec.shm}},
+        secrets=spec.secrets, volumes=spec.volumes, secret_mounts=spec.secret_mounts, user=spec.user,
+    ))  # fmt: skip
+    pod["containers"][0]["ports"] = [
+        {"name": _port_name(i), "containerPort": spec.metrics_port + i, "protocol": "TCP"}
+        for i in range(spec.gpus_per_node)
     ]
-    for number, volume in enumerate(spec.volumes):
-        container["volumeMounts"].append({"name": f"claim-{number}", "mountPath": volume.path})
-        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": volume.claim}})
-    for number, secret in enumerate(spec.secret_mounts):
-        container["volumeMounts"].append({"name": f"secret-{number}", "mountPath": secret.path, "readOnly": True})
-        volumes.append({"name": f"secret-{number}", "secret": {"secretName": secret.claim, "defaultMode": 0o440}})
-    pod: dict[str, Any] = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": spec.grace_s,
-        # pods ask nothing of Kubernetes; a cloud's identity for storage does not come with this token
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": spec.user,
-            "runAsGroup": spec.user,
-            "fsGroup": spec.user,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [container],
-        "volumes": volumes,
-    }
     for key, value in (
         ("serviceAccountName", spec.service_account),
         ("priorityClassName", spec.priority_class),
@@ -106,7 +76,7 @@ def _port_name(local_rank: int) -> str:
     return f"metrics-{local_rank}" if local_rank else "metrics"
 
 
-def _resources(spec: KubernetesSpec) -> dict[str, dict[str, str]]:
+def _resources(spec: KubernetesSpec) -> dict[str, str]:
     asked: dict[str, str] = {}
     if spec.cpus_per_task:
         asked["cpu"] = str(spec.cpus_per_task * spec.gpus_per_node)
@@ -114,14 +84,14 @@ def _resources(spec: KubernetesSpec) -> dict[str, dict[str, str]]:
         asked["memory"] = spec.mem
     if not spec.cpu:
         asked[spec.gpu_resource] = str(spec.gpus_per_node)
-    asked |= spec.resources
-    # no limit on cores: one throttles the data workers while cores of the node lie idle
-    return {"requests": asked, "limits": {name: amount for name, amount in asked.items() if name != "cpu"}}
+    return asked | dict(spec.resources)
 
 
 def _annotations(spec: KubernetesSpec) -> dict[str, str]:
     # a mesh's sidecar outlives the ranks, so that the pod would never end, and stands between them
     found = {"sidecar.istio.io/inject": "false"}
+    # what Prometheus' relabelling makes labels of
+    found |= {"loupe/run": spec.run_dir.rpartition("/")[2], "loupe/ranks-per-pod": str(spec.gpus_per_node)}
     if spec.metrics == "annotations":
         found |= {
             "prometheus.io/scrape": "true",
@@ -197,7 +167,12 @@ def jobset(spec: KubernetesSpec, config: RunConfig) -> dict[str, Any]:
 
 
 def _from_pod(name: str, what: str, key: str) -> dict[str, Any]:
-    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.{what}['{key}']"}}}
+    return _field(name, f"metadata.{what}['{key}']")
+
+
+def _field(name: str, path: str) -> dict[str, Any]:
+    """A variable whose value is a field of the pod."""
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 # ---------------------------------------------------------------------------------------------------------- Volcano
@@ -223,6 +198,7 @@ def patch_volcano(job: dict[str, Any], spec: KubernetesSpec, config: RunConfig) 
         assert task["name"] == f"{CONTAINER}-{index}"
         template = pod_template(spec, config, pod_command(spec, host_env=host_env, index=index), env)
         template["metadata"]["labels"] = labels_of(task["template"]) | template["metadata"]["labels"]
+        template["metadata"]["annotations"]["loupe/pod-index"] = str(index)
         task["template"] = template
         for key in ("policies", "maxRetry", "minAvailable"):
             task.pop(key, None)
@@ -282,8 +258,11 @@ def pod_monitor(spec: KubernetesSpec) -> dict[str, Any]:
         "metadata": _metadata(spec, spec.name),
         "spec": {
             "selector": {"matchLabels": dict(spec.labels)},
-            "podMetricsEndpoints": [
-                {"port": _port_name(i), "path": "/metrics", "interval": "30s"} for i in range(spec.gpus_per_node)
-            ],
+            "jobLabel": "app.kubernetes.io/name",
+            "podMetricsEndpoints": pod_monitor_endpoints(
+                nodes=spec.nodes,
+                ranks_per_pod=spec.gpus_per_node,
+                port_names=[_port_name(i) for i in range(spec.gpus_per_node)],
+            ),
         },
     }

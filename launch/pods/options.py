@@ -10,15 +10,17 @@ import click
 from launch.job import load_config
 from launch.pods.spec import (
     KubernetesSpec,
+    caches_in_scratch,
     check,
     environment,
     name_of,
     pairs,
     quantity,
+    scratch_gib,
     secret_name,
     toleration,
 )
-from launch.slurm_job.array import Volume, parse_volume
+from launch.pods.volumes import Volume, parse_volume
 from trainer.config import RunConfig
 from trainer.config_text import with_overrides
 from trainer.errors import UserError
@@ -35,7 +37,9 @@ OPTIONS = [
     click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE",
                  help="Change a field of the config, such as phases.0.batch_size=64. Repeatable."),
     click.option("--name", help="Of the job.  [default: the config's name]", show_default=False),
-    click.option("--max-restarts", default=5, help="Crashes that are answered by a restart; preemptions do not count."),
+    click.option(
+        "--max-restarts", default=5, help="Crashes that are answered by a restart, in 24 hours of training; not preemptions."
+    ),
     click.option("--namespace", help="Kubernetes' namespace; absent: the current one."),
     click.option("--queue", help="Volcano's queue (default), or Kueue's where a JobSet is rendered."),
     click.option("--priority-class", metavar="NAME", help="PriorityClass of the pods."),
@@ -55,6 +59,8 @@ OPTIONS = [
     click.option("--cpus-per-task", type=click.IntRange(min=1), help="Cores per rank."),
     click.option("--mem", help="Memory per pod, such as 64G."),
     click.option("--shm", default="8G", help="Of that, at most for /dev/shm: the data workers' batches."),
+    click.option("--scratch", default="20G",
+                 help="Of its node's disk, per pod, for /tmp: compiled kernels, and shards of remote datasets."),
     click.option("--gpu-resource", default="nvidia.com/gpu", metavar="NAME", help="What a GPU is called here."),
     click.option("--resource", "resources", multiple=True, metavar="NAME=COUNT",
                  help="More per pod, such as rdma/hca=8. Repeatable."),
@@ -65,6 +71,7 @@ OPTIONS = [
                  help="How Prometheus finds the pods."),
     click.option("--network-policy/--no-network-policy", default=True,
                  help="Only the job's own pods may reach its rendezvous."),
+    click.option("--no-preflight", is_flag=True, help="Start without the check of each pod's node."),
     click.option("--user", default=1000, help="The image's user, by number."),
 ]  # fmt: skip
 
@@ -79,8 +86,8 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def spec_of(
     recipe: str, run_dir: str | None, overrides: tuple[str, ...], name: str | None, tolerations: tuple[str, ...],
     node_selectors: tuple[str, ...], annotations: tuple[str, ...], volumes: tuple[str, ...], secrets: tuple[str, ...],
-    secret_mounts: tuple[str, ...], env: tuple[str, ...], mem: str | None, shm: str, resources: tuple[str, ...],
-    metrics_port: int, **rest: Any,
+    secret_mounts: tuple[str, ...], env: tuple[str, ...], mem: str | None, shm: str, scratch: str, resources: tuple[str, ...],
+    metrics_port: int, no_preflight: bool, **rest: Any,
 ) -> tuple[KubernetesSpec, RunConfig]:  # fmt: skip
     """The job, and its config as pods get it: metrics where others reach them.
 
@@ -89,6 +96,9 @@ def spec_of(
     """
     config = load_config(recipe, overrides)
     config = with_overrides(config, ["metrics.bind_address=0.0.0.0", f"metrics.port={metrics_port}"])
+    scratch = quantity("--scratch", scratch)
+    if config.data.cache_gib is None and caches_in_scratch(config):
+        config = with_overrides(config, [f"data.cache_gib={scratch_gib(scratch):g}"])
     if run_dir is None and os.path.basename(recipe) == CONFIG:
         run_dir = os.path.dirname(recipe)
     if not run_dir:
@@ -101,8 +111,8 @@ def spec_of(
         node_selector=pairs("--node-selector", node_selectors), annotations=pairs("--annotation", annotations),
         volumes=[parse_volume(text) for text in volumes], secrets=[secret_name(text) for text in secrets],
         secret_mounts=[_secret_mount(text) for text in secret_mounts], env=environment(env),
-        mem=quantity("--mem", mem) if mem else None, shm=quantity("--shm", shm), resources=_counts(resources),
-        metrics_port=metrics_port, **rest,
+        mem=quantity("--mem", mem) if mem else None, shm=quantity("--shm", shm), scratch=scratch,
+        resources=_counts(resources), metrics_port=metrics_port, preflight=not no_preflight, **rest,
     )  # fmt: skip
     check(spec, config)
     return spec, config

@@ -5,17 +5,23 @@ A pod knows its own ranks only, and none that is lost says a word. So each write
 """
 
 import re
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.job import earlier_jobs, update_job
 from launch.pods.heartbeat import is_alive
 from launch.ranks import Decision, Outcome, decide, outcome_of
-from trainer.errors import ExitCode, UserError
+from trainer.errors import ExitCode, UserError, one_line
 from trainer.run_folder import CONFIG, JOB, RunFolder
+
+FAILED = "failed.json"
+"""Beside the records of an attempt: one of its pods has failed."""
+MAX_ATTEMPT = 90
+"""Letters; Volcano's is its group's name, that of the job and a UUID, and a version."""
 
 
 @dataclass(frozen=True)
@@ -35,40 +41,47 @@ class PodJob:
         return self.nodes * self.gpus_per_node
 
 
+def attempt_name(attempt: str) -> str:
+    """As names of files and folders have it."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", attempt)[-MAX_ATTEMPT:]  # its end tells starts apart
+
+
 def attempt_folder(attempt: str) -> str:
-    return "pods/" + re.sub(r"[^A-Za-z0-9.-]", "-", attempt)
+    return f"pods/{attempt_name(attempt)}"
 
 
 def record_name(attempt: str, index: int) -> str:
     return f"{attempt_folder(attempt)}/{index:04d}.json"
 
 
-def write_start(folder: RunFolder, job: PodJob, index: int) -> None:
-    folder.write_json(record_name(job.attempt, index), {"started": time.time(), "ended": None})
+def write_start(folder: RunFolder, job: PodJob, index: int, *, node: str) -> None:
+    folder.write_json(record_name(job.attempt, index), {"started": time.time(), "ended": None, "node": node})
 
 
 def write_end(
-    folder: RunFolder, job: PodJob, index: int, *, codes: Mapping[int, int], last_lines: Mapping[int, str],
+    folder: RunFolder, job: PodJob, index: int, *, node: str, codes: Mapping[int, int], last_lines: Mapping[int, str],
     asked_at: float | None, crashed_at: float | None,
 ) -> None:  # fmt: skip
     """
     Args:
+        node: the machine that the pod was on.
         codes: exit codes by rank, of the ranks that ended by themselves.
         asked_at: Unix time of the signal that asked the pod to stop.
         crashed_at: of the first rank's end that was a crash.
     """
+    if crashed_at or any(code in (ExitCode.STOP, ExitCode.USAGE) for code in codes.values()):
+        folder.write_json(f"{attempt_folder(job.attempt)}/{FAILED}", {"pod": index, "time": time.time()})
     folder.write_json(record_name(job.attempt, index), {
-        "ended": time.time(), "asked_at": asked_at, "crashed_at": crashed_at,
+        "ended": time.time(), "node": node, "asked_at": asked_at, "crashed_at": crashed_at,
         "codes": {str(rank): code for rank, code in codes.items()},
         "last_lines": {str(rank): line for rank, line in last_lines.items()},
     })  # fmt: skip
 
 
-def a_pod_has_crashed(folder: RunFolder, job: PodJob) -> bool:
+def a_pod_has_failed(folder: RunFolder, job: PodJob) -> bool:
     """In this attempt: its ranks wait for nobody any more, and the others wait in vain for them."""
-    here = attempt_folder(job.attempt)
-    records = (folder.read_json(f"{here}/{name}") for name in folder.names(here))
-    return any(record.get("crashed_at") for record in records)
+    folder.fs.invalidate_cache()
+    return folder.exists(f"{attempt_folder(job.attempt)}/{FAILED}")
 
 
 # ------------------------------------------------------------------------------------------------ rank 0's pod, first
@@ -80,7 +93,12 @@ def claim(folder: RunFolder, job: PodJob, *, host: str) -> dict[str, Any]:
     Raises:
         UserError: another job lives in it, or may.
     """
-    found = folder.read_json(JOB) if folder.exists(JOB) else None
+    try:
+        found = folder.read_json(JOB) if folder.exists(JOB) else None
+    except ValueError as e:
+        raise UserError(
+            f"{folder.url}/{JOB}: damaged ({one_line(e)}); remove it, the run goes on from its newest checkpoint"
+        ) from None
     if found and not found.get("ended"):
         if found.get("cluster") != "kubernetes":
             raise UserError(f"{folder.url}: in use by a {found.get('cluster')} job ({found.get('job_id') or found.get('pid')} "
@@ -121,10 +139,21 @@ def _records(folder: RunFolder, attempt: str, nodes: int, *, only_ended: bool) -
     found = {}
     for index in range(nodes):
         name = record_name(attempt, index)
-        record = folder.read_json(name) if folder.exists(name) else {"ended": None}
+        record = _record(folder, name)
         if record["ended"] or not only_ended or index == 0:
             found[index] = record
     return found
+
+
+def _record(folder: RunFolder, name: str) -> dict[str, Any]:
+    """Of a pod that left none, or one that cannot be read, as of one that was lost."""
+    try:
+        record = folder.read_json(name) if folder.exists(name) else {}
+    except ValueError as e:
+        print(f"warning: {folder.url}/{name}: damaged ({one_line(e)}); its pod counts as lost", file=sys.stderr)
+        record = {}
+    whole = all(isinstance(record.get(key), dict) for key in ("codes", "last_lines"))
+    return record if whole and record.get("ended") else {"ended": None}
 
 
 def _decide(
@@ -154,4 +183,21 @@ def _decide(
     log = work_dir / "pods" / f"rank-{outcome.rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(f"{line or 'its pod was lost without a word'}\n")
-    return decide(folder, outcome, preempted=preempted, max_restarts=job.max_restarts, log=log)
+    bad = _bad_nodes(ended)
+    if bad:
+        known = folder.read_json(JOB).get("bad_nodes")
+        update_job(folder, bad_nodes={**(known if isinstance(known, dict) else {}), **bad})
+    decision = decide(folder, outcome, preempted=preempted, max_restarts=job.max_restarts, log=log)
+    if not bad or outcome.code != ExitCode.BAD_NODE:
+        return decision
+    return replace(decision, why=f"{decision.why}; `kubectl cordon {' '.join(sorted(bad))}` keeps pods away from there")
+
+
+def _bad_nodes(ended: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Nodes whose pods found them not fit, and why."""
+    return {
+        str(record.get("node") or f"of pod {index}"): str(record["last_lines"].get(rank, "")).removeprefix("error: ")
+        for index, record in ended.items()
+        for rank, code in record["codes"].items()
+        if code == ExitCode.BAD_NODE
+    }

@@ -1,22 +1,27 @@
 """What is asked of Kubernetes, checked before anything is made of it. No torch, no torchx."""
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.environment import SECRET_NAMES
 from launch.inputs import check_local, inputs
-from launch.slurm_job.array import Volume
+from launch.pods.template import SHM, USER
+from launch.pods.volumes import Volume
 from trainer.config import RunConfig, check_layout
 from trainer.errors import UserError
 from trainer.run_folder import RunFolder
+from trainer.secret_names import looks_secret
 
 CONTAINER = "train"
 MIN_GRACE_S = 60
 """Below that no save fits: Kubernetes' own default of 30 s is what lost checkpoints."""
+MIN_SCRATCH = 1 << 30
+OF_SCRATCH = 0.8
+"""Part of /tmp that shards of remote datasets may take."""
 MAX_NAME = 40
 """Longest name of a job: a pod's is that and `-train-0-1023-abcde`, and may have 63 characters."""
 _LABEL = r"[a-z]([a-z0-9-]*[a-z0-9])?"
@@ -58,7 +63,9 @@ class KubernetesSpec:
     cpus_per_task: int | None = None
     mem: str | None = None
     """Per pod, as Kubernetes writes it."""
-    shm: str = "8Gi"
+    shm: str = SHM
+    scratch: str = "20Gi"
+    """Of a node's disk, per pod, for /tmp."""
     gpu_resource: str = "nvidia.com/gpu"
     resources: Mapping[str, str] = field(default_factory=dict)
     """More of what device plugins give, such as rdma/hca."""
@@ -68,7 +75,9 @@ class KubernetesSpec:
     """Of a pod's first rank; the next ones are its others'."""
     metrics: str = "annotations"
     network_policy: bool = True
-    user: int = 1000
+    user: int = USER
+    preflight: bool = True
+    """Each pod checks its node before its ranks start."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(_LABEL, self.name) or len(self.name) > MAX_NAME:
@@ -97,6 +106,9 @@ class KubernetesSpec:
         if self.mem and bytes_of(self.shm) >= bytes_of(self.mem):
             raise UserError(f"--shm {self.shm}: is part of the pod's memory ({self.mem}) and would take all of it; "
                             "raise --mem or lower --shm")  # fmt: skip
+        if bytes_of(self.scratch) < MIN_SCRATCH:
+            raise UserError(f"--scratch {self.scratch}: at least {MIN_SCRATCH >> 30}G; compiled kernels and shards of remote "
+                            "datasets lie there")  # fmt: skip
         paths = [volume.path for volume in (*self.volumes, *self.secret_mounts)]
         if len(set(paths)) < len(paths):
             raise UserError(
@@ -165,10 +177,10 @@ def pairs(option: str, texts: Sequence[str], *, key: str = _KEY) -> dict[str, st
 
 
 def environment(texts: Sequence[str]) -> dict[str, str]:
-    """Raises UserError for a name that looks like a secret's: a manifest is no place for its value."""
+    """Raises UserError for what looks like a secret: a manifest is no place for it."""
     found = pairs("--env", texts, key=r"[A-Za-z_][A-Za-z0-9_]*")
-    for name in found:
-        if SECRET_NAMES.search(name):
+    for name, value in found.items():
+        if looks_secret(name, value):
             raise UserError(f"--env {name}: would stand in the manifest for all to read; put it into a Secret and name that "
                             "with --secret")  # fmt: skip
     return found
@@ -218,9 +230,30 @@ def check(spec: KubernetesSpec, config: RunConfig) -> None:
             volume = _check_visible(where, url.removeprefix("file://"), spec)
             if os.path.isdir(volume.path):
                 check_local(where, url, files)
-    cache = config.data.cache_dir
-    if cache and cache != "/tmp" and not cache.startswith("/tmp/"):
+    cache, wanted = config.data.cache_dir, config.data.cache_gib or 0.0
+    if cache and not _is_in_tmp(cache):
         _check_visible("data.cache_dir", cache, spec)
+    if caches_in_scratch(config) and wanted > scratch_gib(spec.scratch):
+        raise UserError(f"data.cache_gib: {wanted:g} GiB do not fit into a pod's /tmp, --scratch {spec.scratch}, of which "
+                        f"shards may take {OF_SCRATCH:.0%}; lower it, give --scratch {math.ceil(wanted / OF_SCRATCH)}G, or put "
+                        "data.cache_dir on a --volume-claim")  # fmt: skip
+
+
+def caches_in_scratch(config: RunConfig) -> bool:
+    """Whether shards of datasets are fetched from elsewhere into a pod's /tmp."""
+    cache = config.data.cache_dir
+    urls = (dataset.url for dataset in config.data.datasets.values())
+    is_cached = any("://" in url and not url.startswith(("file://", "repo://")) for url in urls)
+    return is_cached and (cache is None or _is_in_tmp(cache))
+
+
+def _is_in_tmp(path: str) -> bool:
+    return path == "/tmp" or path.startswith("/tmp/")
+
+
+def scratch_gib(scratch: str) -> float:
+    """What shards may take of it. By itself the cache would take 80 % of the node's disk, and the pod would be evicted."""
+    return bytes_of(scratch) / 2**30 * OF_SCRATCH
 
 
 def _check_visible(where: str, path: str, spec: KubernetesSpec) -> Volume:

@@ -12,18 +12,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.runs.find import folders_in, roots_of
-from launch.runs.numbers import TimeLeft, goodput, time_left
+from launch.runs.find import DEPTH, MAX_DEPTH, folders_in, roots_of
+from launch.runs.numbers import TimeLeft, seconds_by_state, time_left
 from launch.runs.read import RunFacts, read_all
-from launch.runs.state import State, states_of
-from launch.runs.text import ago, duration, printable
+from launch.runs.state import STARTING, State, states_of
+from launch.runs.text import age, duration, printable
 from trainer.errors import UserError
+from trainer.goodput import ratio
 
 COLUMNS = ("run", "state", "phase", "step", "images/s", "time left", "checkpoint", "restarts", "goodput")
+FIRST_TO_GO = ("phase", "images/s", "goodput", "restarts", "time left", "checkpoint")
+"""Columns that a narrow terminal goes without, one after the other."""
 RECENT_DAYS = 14
 """Runs that have ended longer ago are shown with --all."""
 COLOURS = {
-    "running": "green", "pending": "yellow", "cancelling": "yellow", "done": "blue", "lost": "red", "damaged": "red",
+    "running": "green", STARTING: "yellow", "pending": "yellow", "cancelling": "yellow", "done": "blue", "lost": "red",
+    "damaged": "red",
 }  # fmt: skip
 
 
@@ -33,7 +37,12 @@ class Row:
     state: State
     left: TimeLeft | None
     """None where no job has the run."""
-    goodput: float | None
+    seconds: dict[str, float]
+    """By state of the run's ledger; empty where it has none."""
+
+    @property
+    def goodput(self) -> float | None:
+        return ratio(self.seconds)
 
     @property
     def restarts(self) -> int:
@@ -42,25 +51,36 @@ class Row:
 
 def row_of(facts: RunFacts, state: State, now: float) -> Row:
     phases = facts.config.phases if facts.config else ()
-    left = time_left(phases, facts.points) if state.alive and phases else None
-    return Row(facts, state, left, goodput(facts, now=now, alive=state.alive))
+    left = time_left(phases, facts.points) if state.alive and state.word != STARTING and phases else None
+    return Row(facts, state, left, seconds_by_state(facts, now=now, alive=state.alive))
 
 
-def read_rows(roots: Sequence[str], now: float) -> tuple[list[Row], list[str]]:
+def read_rows(roots: Sequence[str], now: float, *, depth: int = DEPTH) -> tuple[list[Row], list[str]]:
     """The runs below the roots, those that a job has first, then by their last sign of life; and what could not be read.
+
+    Args:
+        depth: levels of folders below a root. A run's name is its path from there.
 
     Raises:
         UserError: no root can be read.
     """
-    folders, errors = [], []
+    names: dict[str, str] = {}
+    folders, errors, unread = [], [], 0
     for root in roots:
         try:
-            folders += folders_in(root)
+            found, more = folders_in(root, depth=depth)
         except UserError as e:
             errors.append(str(e))
-    if len(errors) == len(roots):
+            unread += 1
+            continue
+        errors += [more] if more else []
+        names |= {folder.url: folder.url.removeprefix(f"{root}/") for folder in found}
+        folders += found
+    if unread == len(roots):
         raise UserError("; ".join(errors))
     runs = read_all(folders)
+    for facts in runs:
+        facts.name = names[facts.folder.url]
     rows = [row_of(facts, state, now) for facts, state in zip(runs, states_of(runs), strict=True)]
     rows.sort(key=lambda row: (not row.state.alive, -row.facts.last_activity, row.facts.name))
     return rows, errors
@@ -80,14 +100,16 @@ def cells(row: Row, now: float) -> list[str]:
         left = ("" if row.left.measured else "~") + duration(row.left.seconds)
     checkpoint = "-"
     if facts.checkpoint is not None:
-        when = f", {ago(facts.checkpoint_time, now)}" if facts.checkpoint_time else ""
+        when = f", {age(facts.checkpoint_time, now)}" if facts.checkpoint_time else ""
         checkpoint = f"{facts.checkpoint.step}{when}"
     return [
         printable(facts.name),
-        printable(row.state.word) + _unreadable(facts),
+        printable(row.state.word)
+        + (f" ({printable(row.state.reason)})" if row.state.reason else "")
+        + _unreadable(facts),
         printable(last.phase) if last else "-",
         f"{last.step}/{last.total_steps}" if last else "-",
-        f"{last.images_per_s:.1f}" if last else "-",
+        f"{last.images_per_s:.1f}" if last and row.state.word != STARTING else "-",
         left,
         checkpoint,
         str(row.restarts),
@@ -114,6 +136,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "checkpoint_time": facts.checkpoint_time,
         "restarts": row.restarts,
         "goodput": row.goodput,
+        "goodput_seconds": row.seconds,
         "damage": facts.damage,
     }
 
@@ -135,16 +158,22 @@ def plain(rows: Sequence[Row], now: float) -> str:
     )
 
 
-def table(rows: Sequence[Row], now: float) -> Table:
-    out = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(COLUMNS):
-        out.add_column(
-            column, no_wrap=i in (0, 1), justify="right" if column in ("images/s", "restarts", "goodput") else "left"
-        )
-    for row in rows:
-        out.add_row(
-            *(Text(cell, COLOURS.get(row.state.word, "") if i == 1 else "") for i, cell in enumerate(cells(row, now)))
-        )
+def table(rows: Sequence[Row], now: float, width: int) -> Table:
+    """Of as many columns as `width` characters hold; only a long state is broken into lines."""
+    lines = [cells(row, now) for row in rows]
+    chosen = list(range(len(COLUMNS)))
+    for column in FIRST_TO_GO:
+        widths = [max(len(line[i]) for line in [list(COLUMNS), *lines]) for i in chosen]
+        if sum(widths) + 2 * (len(widths) - 1) <= width:
+            break
+        chosen.remove(COLUMNS.index(column))
+    out = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for i in chosen:
+        right = COLUMNS[i] in ("images/s", "restarts", "goodput")
+        out.add_column(COLUMNS[i], no_wrap=COLUMNS[i] != "state", justify="right" if right else "left")
+    for row, line in zip(rows, lines, strict=True):
+        colours = {COLUMNS.index("state"): COLOURS.get(row.state.word, "")}
+        out.add_row(*(Text(line[i], colours.get(i, "")) for i in chosen))
     return out
 
 
@@ -161,12 +190,16 @@ def notes(rows: Sequence[Row], hidden: int, errors: Sequence[str]) -> list[str]:
 @click.command("list")
 @click.option("--root", "given_roots", multiple=True, metavar="URL",
               help="Folder or URL with run folders below it. Repeatable.  [default: $LOUPE_RUNS, or runs]")  # fmt: skip
+@click.option("--depth", default=DEPTH, show_default=True, type=click.IntRange(1, MAX_DEPTH), metavar="LEVELS",
+              help="Of folders below a root: the runs of a sweep or an experiment may have one between.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True, help=f"Runs that ended over {RECENT_DAYS} days ago as well.")
 @click.option("--json", "in_json", is_flag=True, help="One JSON array, for programs.")
 @click.option("--watch", is_flag=True, help="Renew the table until Ctrl-C.")
 @click.option("--interval", "interval_s", default=10.0, show_default=True, type=click.FloatRange(min=1.0),
               metavar="SECONDS", help="Between two looks of --watch.")  # fmt: skip
-def list_runs(given_roots: tuple[str, ...], everything: bool, in_json: bool, watch: bool, interval_s: float) -> None:
+def list_runs(
+    given_roots: tuple[str, ...], depth: int, everything: bool, in_json: bool, watch: bool, interval_s: float
+) -> None:
     """The runs below a folder: state, phase, step, speed, time left, newest checkpoint, restarts, goodput.
 
     The state of a SLURM job is squeue's (no accounting database is needed), of a run on this machine that of its processes.
@@ -182,10 +215,10 @@ def list_runs(given_roots: tuple[str, ...], everything: bool, in_json: bool, wat
     """
     roots = roots_of(given_roots)
     if watch:
-        _watch(roots, everything=everything, in_json=in_json, interval_s=interval_s)
+        _watch(roots, depth=depth, everything=everything, in_json=in_json, interval_s=interval_s)
         return
     now = time.time()
-    rows, errors = read_rows(roots, now)
+    rows, errors = read_rows(roots, now, depth=depth)
     chosen = shown(rows, now, everything=everything)
     if in_json:
         click.echo(json.dumps([as_json(row) for row in chosen], indent=1))
@@ -194,14 +227,14 @@ def list_runs(given_roots: tuple[str, ...], everything: bool, in_json: bool, wat
     else:
         console = Console()
         if console.is_terminal:
-            console.print(table(chosen, now))
+            console.print(table(chosen, now, console.width))
         else:
             click.echo(plain(chosen, now))
     for line in notes([] if in_json else chosen, len(rows) - len(chosen), errors):
         click.echo(line, err=True)
 
 
-def _watch(roots: Sequence[str], *, everything: bool, in_json: bool, interval_s: float) -> None:
+def _watch(roots: Sequence[str], *, depth: int, everything: bool, in_json: bool, interval_s: float) -> None:
     console = Console()
     if in_json or not console.is_terminal:
         raise UserError("--watch: needs a terminal and no --json; call the command again instead")
@@ -209,8 +242,8 @@ def _watch(roots: Sequence[str], *, everything: bool, in_json: bool, interval_s:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 now = time.time()
-                rows, _ = read_rows(roots, now)
-                live.update(table(shown(rows, now, everything=everything), now), refresh=True)
+                rows, _ = read_rows(roots, now, depth=depth)
+                live.update(table(shown(rows, now, everything=everything), now, console.width), refresh=True)
                 time.sleep(interval_s)
     except KeyboardInterrupt:
         return

@@ -12,8 +12,9 @@ import click
 from launch.log_tails import TAIL_BYTES, split_tail
 from launch.runs.find import find_run
 from launch.runs.log_lines import Clock, Line, merged, timed
-from launch.runs.read import read_points, read_tail
+from launch.runs.read import earlier_jobs, read_points, read_tail
 from launch.runs.text import printable
+from launch.runs.waiting import waiting_of
 from launch.status import end_of
 from trainer.errors import UserError, one_line
 from trainer.run_folder import JOB, RunFolder
@@ -33,6 +34,9 @@ MAX_LINE_BYTES = 64 << 10
 READ_BYTES = 1 << 20
 MAX_TAIL_BYTES = 8 << 20
 """Of one log, for --tail."""
+_START = re.compile(r"==== \d{4}-\d\d-\d\d ")
+_OF_SUBMITIT = re.compile(r"submitit INFO ")
+"""Where it has found what, in each task: nothing of the run."""
 POLL_S = 0.5
 REMOTE_POLL_S = 10.0
 LOOK_S = 5.0
@@ -65,12 +69,13 @@ class Log:
             yield from self.new(upto=min(size, self.read_to + READ_BYTES))
 
     def tail(self, lines: int) -> Iterator[str]:
-        """Its last lines, within MAX_TAIL_BYTES; the clock has then seen what stands before them."""
+        """Its last lines, of the newest start and within MAX_TAIL_BYTES; the clock has then seen what stands before them."""
         if not self.uploaded:
             self.read_to = max(0, self._size() - MAX_TAIL_BYTES)
         first = 1 if self.read_to else 0  # it has lost its head
-        texts = self.new()[first:]
-        split = max(0, len(texts) - lines)
+        texts = [text for text in self.new()[first:] if not _OF_SUBMITIT.match(text)]
+        newest = max((i for i, text in enumerate(texts) if _START.match(text)), default=0)
+        split = max(newest, len(texts) - lines)
         for text in texts[:split]:
             self.clock.of(text)
         yield from texts[split:]
@@ -119,6 +124,11 @@ class Logs:
         self._run, self._ranks = folder, frozenset(ranks)
         self.job: dict[str, Any] = folder.read_json(JOB) if folder.exists(JOB) else {}
         work_dir = str(self.job.get("work_dir") or "")
+        self._earlier_jobs = {str(job.get("job_id")) for job in earlier_jobs(self.job)}
+        chain = [str(job_id) for job_id in self.job.get("chain") or ()]
+        self._earlier_jobs |= (
+            set(chain[: chain.index(str(self.job["job_id"]))]) if str(self.job.get("job_id")) in chain else set()
+        )
         self.place = folder
         if not folder.is_local and work_dir and Path(work_dir, "logs").is_dir():
             self.place = RunFolder(work_dir)
@@ -159,9 +169,16 @@ class Logs:
         self._read_step_times(everything=tail is None)
         self.look()
         logs = [
-            timed(log.label, log.whole() if tail is None else log.tail(tail), log.clock) for log in self.logs.values()
+            timed(log.label, log.whole() if tail is None else log.tail(tail), log.clock)
+            for log in self.logs.values()
+            if tail is None or self._is_of_newest(log)
         ]
         return merged(logs)
+
+    def _is_of_newest(self, log: Log) -> bool:
+        """Not of a SLURM job before this one, whose tasks had files of their own."""
+        match = re.fullmatch(r"(?:logs|slurm)/(\d+(?:_\d+)?)_\d{1,9}_log\.(?:out|err)", log.name)
+        return match is None or match[1] not in self._earlier_jobs
 
     def _read_step_times(self, *, everything: bool) -> None:
         names = [name for name in self._run.names("metrics") if name.endswith(".jsonl")]
@@ -187,7 +204,12 @@ def show(line: Line, width: int) -> str:
 @click.option("--rank", "ranks", multiple=True, type=click.IntRange(min=0), help="This rank's only. Repeatable.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with new lines until the run ends, or Ctrl-C.")
 @click.option(
-    "--tail", default=100, show_default=True, type=click.IntRange(min=0), metavar="N", help="Last lines of each log."
+    "--tail",
+    default=100,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Last lines of each log, of its newest start.",
 )
 @click.option("--since-start", is_flag=True, help="All lines, from the first start on.")
 def logs(run: str, roots: tuple[str, ...], ranks: tuple[int, ...], follow: bool, tail: int, since_start: bool) -> None:
@@ -216,6 +238,8 @@ def logs(run: str, roots: tuple[str, ...], ranks: tuple[int, ...], follow: bool,
             _show_new([log for log in found.logs.values() if log.rest], width, ended=True)
     except KeyboardInterrupt:
         click.echo("no longer following; the run goes on", err=True)
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does: click ends quietly then
+        raise
     except OSError as e:
         raise UserError(f"{folder.url}: its logs cannot be read ({one_line(e)})") from None
 
@@ -234,23 +258,28 @@ def _say_what_is_missing(found: Logs, ranks: Sequence[int], *, follow: bool) -> 
 
 def _follow(found: Logs, folder: RunFolder, width: int) -> None:
     end: str | None = None
-    looked = time.monotonic()
+    looked, said = -LOOK_S, None
+    quiet = not found.logs
     while end is None:
-        time.sleep(REMOTE_POLL_S if found.uploaded else POLL_S)
         if time.monotonic() - looked >= LOOK_S or found.uploaded:
             found.look()
-            end, looked = (
-                end_of(folder),
-                time.monotonic(),
-            )  # before reading: nothing that was said before the end is missed
-        _show_new(found.logs.values(), width, ended=end is not None)
+            # before reading: nothing that was said before the end is missed
+            end, looked = end_of(folder), time.monotonic()
+            why = waiting_of(folder) if end is None and quiet else None
+            if why and why != said:
+                click.echo(why, err=True)
+            said, quiet = why, True
+        quiet = not _show_new(found.logs.values(), width, ended=end is not None) and quiet
+        if end is None:
+            time.sleep(REMOTE_POLL_S if found.uploaded else POLL_S)
     click.echo(end, err=True)
 
 
-def _show_new(logs: Iterable[Log], width: int, *, ended: bool) -> None:
-    """What has been written since the last look; `ended`: lines without an end, too."""
+def _show_new(logs: Iterable[Log], width: int, *, ended: bool) -> bool:
+    """What has been written since the last look, and whether that was anything; `ended`: lines without an end, too."""
     lines: list[Line] = []
     for log in logs:
         lines += timed(log.label, [*log.new(), *(log.flush() if ended else [])], log.clock)
     for line in sorted(lines, key=lambda line: line.time):
         click.echo(show(line, width))
+    return bool(lines)

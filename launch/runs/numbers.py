@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
-from typing import Any
 
-from launch.runs.read import Point, RunFacts, earlier_jobs, ended_at, seconds
+from launch.runs.read import Point, RunFacts, ended_at
 from trainer.config import PhaseConfig
+from trainer.goodput import ratio, totals_until
 from trainer.phases import Schedule
 
 WINDOW = 20
 """Records whose median speed is a phase's: one that a compilation or a slow disk has made slow says nothing of the rest."""
+SILENT_S = 60.0
+"""After its last word a start that should write every ten seconds is taken to be down."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +58,20 @@ def _speeds(points: Sequence[Point]) -> dict[str, float]:
     return {phase: median(speeds[-WINDOW:]) for phase, speeds in by_phase.items()}
 
 
-def goodput(facts: RunFacts, *, now: float, alive: bool) -> float | None:
-    """Productive training time over the time that the run took, 0 to 1.
+def seconds_by_state(facts: RunFacts, *, now: float, alive: bool) -> dict[str, float]:
+    """Of the run's ledger (trainer/goodput.py), to now while a job lives, else to the job's end; empty where no start has kept
+    one. Between the end of one job and the next submission, when nobody wanted it to run, the clock stands still.
 
-    Productive are the seconds of the training steps that stand, waiting for data included. Each step counts once: the
-    trainer takes its clock back to the checkpoint together with the step, so what a crash or a roll back has lost is not
-    in it. Steps that were refused (not finite, or spikes) are taken off as so many average steps. Not productive are
-    therefore: steps done again, starting up to the first step, saving that holds the steps up, samples and evaluations,
-    waiting to be queued again, and hangs. What compiles within a step is part of its time.
-
-    The time is counted from the first start: to now while a job lives, else to the job's end as recorded, else to the last
-    record. Between the end of one job and the next submission, when nobody wanted it to run, the clock stands still.
-
-    None before the first record, or where its records are of an earlier version that kept no clock.
+    What a start does since its last word is not known yet: only one that is silent for longer is down.
     """
-    last = facts.last
-    if last is None or last.train_seconds is None or facts.first_start is None or last.step <= 0:
-        return None
-    end = now if alive else max(ended_at(facts.job) or 0.0, last.time)
-    wall_s = end - facts.first_start - _idle_s(facts.job or {})
-    if wall_s <= 0:
-        return None
-    refused = min(1.0, last.steps_skipped / last.step)
-    return min(1.0, last.train_seconds * (1.0 - refused) / wall_s)
+    if facts.goodput is None:
+        return {}
+    end = now if alive else ended_at(facts.job) or 0.0
+    if alive and now - (facts.goodput.first + facts.goodput.end_s) <= SILENT_S:
+        return facts.goodput.totals()
+    return totals_until(facts.goodput, end, facts.goodput_traces)
 
 
-def _idle_s(job: dict[str, Any]) -> float:
-    """Seconds between the ends of earlier jobs and the submissions that followed."""
-    jobs = [*earlier_jobs(job), job]
-    idle = 0.0
-    for before, after in pairwise(jobs):
-        end, begin = ended_at(before), seconds(after.get("submitted_at"))
-        if end is not None and begin is not None:
-            idle += max(0.0, begin - end)
-    return idle
+def goodput(facts: RunFacts, *, now: float, alive: bool) -> float | None:
+    """Share of that time, 0 to 1, that went into steps that no earlier start had done; None where there is no ledger."""
+    return ratio(seconds_by_state(facts, now=now, alive=alive))

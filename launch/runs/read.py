@@ -3,7 +3,6 @@
 A file that is damaged, too large or not there is noted and the rest is read all the same. No torch.
 """
 
-import json
 import os
 import queue
 import re
@@ -17,8 +16,9 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.folder import CheckpointFolder, Entry
 from trainer.config import RunConfig
 from trainer.config_text import from_yaml
-from trainer.errors import UserError, one_line
-from trainer.run_folder import CHECKPOINTS, CONFIG, JOB, SUMMARY, RunFolder
+from trainer.errors import UserError, one_line, storage_errors
+from trainer.goodput import StartRecord, Traces, newest_record, traces_of
+from trainer.run_folder import CHECKPOINTS, CONFIG, GOODPUT, JOB, SUMMARY, RunFolder, parse_json
 
 MAX_SMALL_BYTES = 4 << 20
 """Of config.yaml, job.json and the like; a larger one is not ours."""
@@ -27,10 +27,13 @@ TAIL_BYTES = 128 << 10
 THREADS = 16
 DEADLINE_S = 60.0
 """Longest that storage may take for all folders; what has not been read by then is said to be missing."""
-READ_ERRORS = (OSError, ValueError, RecursionError, CheckpointError)
-"""UserError and what json says are ValueErrors."""
 
 T = TypeVar("T")
+
+
+def read_errors() -> tuple[type[Exception], ...]:
+    """What reading a run folder may raise; UserError and what json says are ValueErrors."""
+    return storage_errors(ValueError, RecursionError, CheckpointError)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class RunFacts:
     """Unix time of the first attempt."""
     points: list[Point] = field(default_factory=list)
     """The end of the newest attempt's metrics that has any, oldest first."""
+    points_of: int | None = None
+    """Number of that attempt."""
+    goodput: StartRecord | None = None
+    """Of the newest start that kept a ledger."""
+    goodput_traces: Traces = field(default_factory=Traces)
+    """Of how that start went on."""
     finished: bool = False
     """Its trainer said that it is done."""
     checkpoint: Entry | None = None
@@ -91,15 +100,15 @@ def read_facts(folder: RunFolder) -> RunFacts | None:
     facts = RunFacts(folder, os.path.basename(folder.url))
     try:
         facts.files = frozenset(folder.names(""))
-    except READ_ERRORS as e:
+    except read_errors() as e:
         facts.damage.append(f"cannot be listed ({one_line(e)})")
         return facts
     if not {CONFIG, JOB} & facts.files:
         return None
-    for part in (_read_config, _read_job, _read_attempts, _read_metrics, _read_checkpoint):
+    for part in (_read_config, _read_job, _read_attempts, _read_metrics, _read_checkpoint, _read_goodput):
         try:
             part(facts)
-        except READ_ERRORS as e:
+        except read_errors() as e:
             facts.damage.append(one_line(e).removeprefix(f"{folder.url}/"))
     facts.finished = SUMMARY in facts.files
     return facts
@@ -118,9 +127,9 @@ def read_small(folder: RunFolder, name: str) -> str:
 
 
 def read_record(folder: RunFolder, name: str) -> dict[str, Any]:
-    """A small JSON object; raises READ_ERRORS, which name the file."""
+    """A small JSON object; raises what `read_errors` has, which names the file."""
     try:
-        tree = json.loads(read_small(folder, name))
+        tree = parse_json(read_small(folder, name))
     except UserError:
         raise
     except (ValueError, RecursionError) as e:
@@ -155,6 +164,7 @@ def _read_metrics(facts: RunFacts) -> None:
         if unreadable:
             facts.damage.append(f"metrics/{name}: {unreadable} unreadable line(s)")
         if facts.points:
+            facts.points_of = int(re.sub(r"\D", "", name) or 0)
             return
 
 
@@ -165,7 +175,7 @@ def read_points(folder: RunFolder, name: str, *, max_bytes: int = TAIL_BYTES) ->
     points, unreadable = [], 0
     for line in filter(None, lines):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict):
                 unreadable += 1
             elif "step" in record:  # else a note
@@ -197,15 +207,17 @@ def _read_checkpoint(facts: RunFacts) -> None:
     committed = [entry for entry in folder.entries() if entry.committed]
     if committed:
         facts.checkpoint = committed[-1]
-        facts.checkpoint_time = commit_time(folder, committed[-1])
+        facts.checkpoint_time = folder.committed_at(committed[-1].name)
 
 
-def commit_time(folder: CheckpointFolder, entry: Entry) -> float | None:
-    """Unix time of COMMIT; None where the file system keeps no times."""
-    try:
-        return float(folder.fs.modified(folder.path(f"{entry.name}/COMMIT")).timestamp())
-    except (NotImplementedError, AttributeError):
-        return None
+def _read_goodput(facts: RunFacts) -> None:
+    if GOODPUT not in facts.files:
+        return
+    facts.goodput = newest_record(facts.folder)
+    if facts.goodput is None:
+        raise UserError(f"{GOODPUT}/: none of the newest records can be read")
+    seen = facts.points[-1].time if facts.points and facts.points_of == facts.goodput.start else 0.0
+    facts.goodput_traces = traces_of(facts.folder, facts.goodput, job=facts.job or {}, seen=seen)
 
 
 # ------------------------------------------------------------------------------------------------ values of the records

@@ -1,96 +1,35 @@
 """In which state runs are: of SLURM's jobs by one squeue, of this machine's by their processes. No torch, no sacct."""
 
-import shutil
 import socket
-import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from launch.cancellation import CANCEL, CANCELLED, asked_to_cancel
-from launch.job import live_job, slurm_jobs_of
-from launch.runs.read import READ_ERRORS, RunFacts, ended
+from launch.job import live_job, other_cluster_of, slurm_jobs_of
+from launch.queue_states import QueuedJob, ask_slurm
+from launch.runs.read import RunFacts, ended, read_errors
+from launch.slurm_job.scancelled import note_if_allowed
 from trainer.errors import UserError, one_line
 
-SQUEUE_TIMEOUT_S = 60.0
-IDS_A_CALL = 200
-OVER = frozenset({
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
-})  # fmt: skip
 UNKNOWN = "unknown here"
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job as squeue shows it."""
-
-    state: str
-    """`PENDING`, `RUNNING`, `COMPLETING`, ..."""
-    reason: str
-    """Why it waits; for a running one, its nodes."""
-    name: str
-    start: str
-    """When it started, or is expected to; `N/A` where SLURM does not know."""
-
-    @property
-    def over(self) -> bool:
-        return self.state in OVER
+STARTING = "starting"
+"""A job has it, and its newest start has done no step yet: what the metrics say is of the one before."""
 
 
 @dataclass(frozen=True)
 class State:
     word: str
-    """running, pending, cancelling, done, stopped, cancelled, lost, not started, unknown here, ..."""
+    """running, starting, pending, cancelling, done, stopped, cancelled, lost, unknown here, ..."""
     detail: str = ""
     """As which job, why it waits, or how it ended."""
+    reason: str = ""
+    """SLURM's word for why it waits."""
 
     @property
     def alive(self) -> bool:
         """A job has it, as far as can be told from here."""
-        return self.word in ("running", "pending", "cancelling", "suspended", "completing", "configuring")
-
-
-def ask_slurm(job_ids: Iterable[str]) -> dict[str, QueuedJob | None] | str:
-    """The jobs by their ids, None for one that SLURM does not know (any more); or why it cannot be asked."""
-    ids = sorted({job_id for job_id in job_ids if job_id and not set(job_id) - set("0123456789_")})
-    found: dict[str, QueuedJob | None] = {}
-    if not ids:
-        return found
-    if shutil.which("squeue") is None:
-        return "no squeue on this machine; ask from a node of its cluster"
-    for first in range(0, len(ids), IDS_A_CALL):
-        part = ids[first : first + IDS_A_CALL]
-        answer = _squeue(part)
-        if answer is None and len(part) > 1:  # SLURM names no culprit, and knows the others
-            answer = {}
-            for job_id in part:
-                one = _squeue([job_id])
-                if isinstance(one, str):
-                    return one
-                answer |= one or {}
-        if isinstance(answer, str):
-            return answer
-        found |= {job_id: (answer or {}).get(job_id) for job_id in part}
-    return found
-
-
-def _squeue(job_ids: Sequence[str]) -> dict[str, QueuedJob] | str | None:
-    """One call; None where it knows none of the jobs."""
-    command = [
-        "squeue", "--noheader", "--array", "--states", "all", "--jobs", ",".join(job_ids), "--format", "%i|%T|%S|%R|%j",
-    ]  # fmt: skip
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SQUEUE_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return f"squeue does not answer ({one_line(e)})"
-    if result.returncode:
-        return None if "Invalid job id" in result.stderr else f"squeue: {one_line(RuntimeError(result.stderr))}"
-    jobs = {}
-    for line in result.stdout.splitlines():
-        fields = line.split("|", 4)
-        if len(fields) == 5:
-            job_id, state, start, reason, name = fields
-            jobs[job_id.strip()] = QueuedJob(state, reason.strip("()"), name, start)
-    return jobs
+        return self.word in ("running", STARTING, "pending", "cancelling", "suspended", "completing", "configuring")
 
 
 def states_of(runs: Sequence[RunFacts]) -> list[State]:
@@ -98,7 +37,7 @@ def states_of(runs: Sequence[RunFacts]) -> list[State]:
     slurm = ask_slurm(
         job_id
         for facts in runs
-        if _of_slurm(facts) and not ended(facts.job)
+        if _of_slurm(facts) and not ended(facts.job) and not other_cluster_of(facts.job or {})
         for job_id in slurm_jobs_of(facts.job or {})
     )
     return [_state(facts, slurm) for facts in runs]
@@ -129,7 +68,7 @@ def _state(facts: RunFacts, slurm: dict[str, QueuedJob | None] | str) -> State:
             return _of_processes(facts, cancelled=cancelled)
         if cluster == "kubernetes":
             return _of_pods(facts)
-    except READ_ERRORS as e:
+    except read_errors() as e:
         return State(UNKNOWN, one_line(e))
     return State("done") if facts.finished else State(UNKNOWN, f"a job of {cluster}, which is not asked from here")
 
@@ -138,12 +77,17 @@ def _how_it_ended(end: dict[str, object], *, cancelled: bool) -> State:
     code, why = end.get("code"), str(end.get("why", ""))
     if code == 0:
         return State("done")
-    return State("cancelled" if cancelled or code == CANCELLED else f"stopped ({code})", why)
+    if not cancelled and code != CANCELLED:
+        return State(f"stopped ({code})", why)
+    return State("cancelled", why.removeprefix("cancelled").strip(", ()"))
 
 
 def _of_queue(facts: RunFacts, slurm: dict[str, QueuedJob | None] | str, *, cancelled: bool) -> State:
     ids = slurm_jobs_of(facts.job or {})
     job_id = ids[0]
+    if elsewhere := other_cluster_of(facts.job or {}):
+        where = f"SLURM job {job_id} of cluster {elsewhere}, which is not asked from here"
+        return State("done") if facts.finished else State(UNKNOWN, where)
     if isinstance(slurm, str):
         return State("done") if facts.finished else State(UNKNOWN, f"SLURM job {job_id}: {slurm}")
     job = slurm.get(job_id)
@@ -153,6 +97,10 @@ def _of_queue(facts: RunFacts, slurm: dict[str, QueuedJob | None] | str, *, canc
     if job is None or job.over:
         if facts.finished:
             return State("done")
+        if job is not None and job.state == "CANCELLED" and not cancelled and is_ours(facts, job):
+            note_if_allowed(facts.folder, job_id)
+            newest = f", newest checkpoint: step {facts.checkpoint.step}" if facts.checkpoint else ""
+            return State("cancelled", f"by scancel of its job {job_id}{newest}")
         state = f"SLURM job {job_id} is {job.state if job else 'gone'}"
         return State("cancelled", state) if cancelled else State("lost", f"{state}, without a word of its end")
     if facts.config is not None and not is_ours(facts, job):
@@ -161,11 +109,29 @@ def _of_queue(facts: RunFacts, slurm: dict[str, QueuedJob | None] | str, *, canc
     start = f", to start {job.start}" if job.state == "PENDING" and job.start not in ("N/A", "") else ""
     on = f" on {job.reason}" if job.state == "RUNNING" else ""
     detail = f"SLURM job {job_id}{on}{wait}{start}"
-    return State("cancelling" if cancelled else job.state.lower(), detail)
+    word = "cancelling" if cancelled else job.state.lower()
+    if word == "running" and (_is_starting(facts) or _began_since(facts, job)):
+        word = STARTING
+    return State(word, detail, job.reason if job.state == "PENDING" else "")
+
+
+def _is_starting(facts: RunFacts) -> bool:
+    return facts.points_of is None or facts.points_of < facts.starts - 1
+
+
+def _began_since(facts: RunFacts, job: QueuedJob) -> bool:
+    """Whether SLURM has started it after the last metrics: its ranks have not said so themselves yet."""
+    try:
+        return facts.last is not None and datetime.fromisoformat(job.start).timestamp() > facts.last.time
+    except ValueError:
+        return False
 
 
 def is_ours(facts: RunFacts, job: QueuedJob) -> bool:
-    """Job numbers of two clusters are the same; their names seldom are."""
+    """Job numbers of two clusters are the same, and a cluster that has lost its state counts anew; names seldom are."""
+    name = (facts.job or {}).get("job_name")
+    if isinstance(name, str):
+        return job.name == name
     return facts.config is None or job.name == facts.config.name or job.name.startswith(f"{facts.config.name}-")
 
 
@@ -173,7 +139,7 @@ def _of_pods(facts: RunFacts) -> State:
     """Pods say in the run folder that they are at work. Whether the job waits or is gone, only the cluster knows."""
     job = f"Kubernetes job {(facts.job or {}).get('job')}"
     if live_job(facts.folder):
-        return State("running", job)
+        return State(STARTING if _is_starting(facts) else "running", job)
     return (
         State("done")
         if facts.finished
@@ -192,7 +158,7 @@ def _of_processes(facts: RunFacts, *, cancelled: bool) -> State:
     except UserError as e:
         return State(UNKNOWN, one_line(e))
     if live:
-        return State("cancelling" if cancelled else "running", live)
+        return State("cancelling" if cancelled else STARTING if _is_starting(facts) else "running", live)
     if facts.finished:
         return State("done")
     word = "cancelled" if cancelled else "lost"

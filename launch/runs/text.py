@@ -31,6 +31,15 @@ def ago(then: float, now: float) -> str:
     return f"{duration(max(0.0, now - then))} ago"
 
 
+def age(then: float, now: float) -> str:
+    """`45s`, `4m`, `3h`, `2d`: for a table."""
+    seconds = max(0.0, now - then)
+    for unit, length in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
 def moment(then: float) -> str:
     """Local time."""
     try:

@@ -4,6 +4,7 @@ import click
 
 from launch.console import display_for, watch, where_things_are
 from launch.runs.find import find_run
+from launch.runs.waiting import waiting_of
 from launch.status import end_of
 
 
@@ -13,7 +14,8 @@ from launch.status import end_of
     "--root", "roots", multiple=True, metavar="URL", help="Where RUN is looked for.  [default: $LOUPE_RUNS, or runs]"
 )
 def watch_run(run: str, roots: tuple[str, ...]) -> None:
-    """Follow RUN until it ends: a bar on a terminal, otherwise a line an interval. Ctrl-C ends the watching only.
+    """Follow RUN, from its newest interval, until it ends: a bar on a terminal, otherwise a line an interval. Ctrl-C ends the
+    watching only.
 
     \b
     Examples:
@@ -23,7 +25,7 @@ def watch_run(run: str, roots: tuple[str, ...]) -> None:
     folder = find_run(run, roots)
     display = display_for()
     try:
-        watch(folder, display, lambda: end_of(folder))
+        watch(folder, display, lambda: end_of(folder), waiting=lambda: waiting_of(folder))
     except KeyboardInterrupt:
         display.note("no longer watching; the run goes on")
     for text in where_things_are(folder):

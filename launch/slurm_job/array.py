@@ -1,17 +1,17 @@
-"""A command as an array of equal jobs that share its work, such as a data stage's workers: on SLURM or Kubernetes. No torch."""
+"""A command as an array of equal jobs that share its work, such as a data stage's workers, on SLURM. No torch."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import yaml
-
-from launch.slurm_job.queue import last_line, test_only
+from launch.slurm_job.checks import check_partition, partitions
+from launch.slurm_job.container import mount_words, srun_words, words_within
+from launch.slurm_job.nested import outside_of_jobs
+from launch.slurm_job.options import Container
+from launch.slurm_job.queue import SBATCH_S, last_line, test_only
 from trainer.config import CODE_ROOT
 from trainer.errors import ExitCode, UserError
 
@@ -28,6 +28,13 @@ class ArrayOptions:
     cpus_per_task: int | None = None
     mem: str | None = None
     gpus_per_task: int = 0
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    after: tuple[str, ...] = ()
+    """Dependencies as sbatch writes them."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    container: Container | None = None
 
 
 def array_script(command: Sequence[str], *, name: str, options: ArrayOptions, code_dir: str) -> str:
@@ -38,23 +45,41 @@ def array_script(command: Sequence[str], *, name: str, options: ArrayOptions, co
         "ntasks": 1,
         "partition": options.partition,
         "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "exclude": options.exclude,
+        "dependency": ",".join(options.after) or None,
+        "kill-on-invalid-dep": "yes" if options.after else None,
         "time": options.time_limit,
         "cpus-per-task": options.cpus_per_task,
         "mem": options.mem,
         "gpus-per-task": options.gpus_per_task or None,
         "signal": f"TERM@{SIGNAL_S}",
         "output": f"{name}-%A_%a.log",
+        # else the log of the start before is gone when the job is queued again
+        "open-mode": "append",
     }
     lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
-    cpus = f" --cpus-per-task={options.cpus_per_task}" if options.cpus_per_task else ""
+    srun = ["srun", "--kill-on-bad-exit=1"]
+    if options.cpus_per_task:
+        srun.append(f"--cpus-per-task={options.cpus_per_task}")
+    task = [*map(shlex.quote, command)]
+    if options.container:
+        mounts = ",".join(["$PWD:$PWD", "$code_dir:$code_dir", *mount_words(options.container)])
+        srun += srun_words(options.container, mounts, folder="$PWD")
+        task = words_within(
+            options.container, mounts, command, cpu=not options.gpus_per_task, env=options.env, folder="$PWD"
+        )
     return "\n".join(
         [
             "#!/bin/bash",
             *lines,
             "#SBATCH --requeue",
             "trap : TERM  # bash would die of it while the workers give back what they hold; srun passes it on",
-            f"export PYTHONPATH={shlex.quote(code_dir)} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
-            f"srun --kill-on-bad-exit=1{cpus} {shlex.join(command)} &",
+            f"code_dir={shlex.quote(code_dir)}",
+            'export PYTHONPATH="$code_dir" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1',
+            *(f"export {name}={shlex.quote(value)}" for name, value in options.env.items()),
+            f"{' '.join([*srun, *task])} &",
             "wait $!  # a trap runs at once while bash waits, and only after a foreground command",
             "code=$?",
             "while kill -0 $! 2> /dev/null; do wait $!; code=$?; done",
@@ -69,13 +94,20 @@ def array_script(command: Sequence[str], *, name: str, options: ArrayOptions, co
     )
 
 
-def script_here(command: Sequence[str], *, name: str, options: ArrayOptions) -> str:
-    """The script, for the code that runs now."""
-    return array_script(command, name=name, options=options, code_dir=str(CODE_ROOT))
+def script_here(command: Sequence[str], *, name: str, options: ArrayOptions, code_dir: str | None = None) -> str:
+    """The script, for the code that runs now where no copy is named."""
+    return array_script(command, name=name, options=options, code_dir=code_dir or str(CODE_ROOT))
 
 
-def submit_array(command: Sequence[str], *, name: str, options: ArrayOptions) -> str:
+def submit_array(
+    command: Sequence[str], *, name: str, options: ArrayOptions, code_dir: str | None = None,
+    prepare: Callable[[], object] = lambda: None,
+) -> str:  # fmt: skip
     """Queue it; returns the array's id. Logs go to the folder that it is submitted from.
+
+    Args:
+        code_dir: a copy of the code; absent: the code that runs now.
+        prepare: called once SLURM has said that it would take the job, before it does.
 
     Raises:
         UserError: SLURM is not here, or does not take it.
@@ -83,112 +115,18 @@ def submit_array(command: Sequence[str], *, name: str, options: ArrayOptions) ->
     for tool in ("sbatch", "srun", "squeue"):
         if shutil.which(tool) is None:
             raise UserError(f"{tool}: not found; submit from a login node of the cluster, or take --cluster local")
-    script = script_here(command, name=name, options=options)
+    script = script_here(command, name=name, options=options, code_dir=code_dir)
+    check_partition(options.partition, partitions())
     test_only(script)
-    result = subprocess.run(
-        ["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False, env=os.environ
-    )
+    prepare()
+    try:
+        result = subprocess.run(
+            ["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False, timeout=SBATCH_S,
+            env=outside_of_jobs(os.environ),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UserError(f"sbatch: no answer in {SBATCH_S:.0f} s; look with squeue whether the jobs are there before you submit "
+                        "again") from None  # fmt: skip
     if result.returncode:
         raise UserError(f"sbatch: {last_line(result.stderr)}")
     return result.stdout.strip().partition(";")[0]
-
-
-# ----------------------------------------------------------------------------------------------------------- Kubernetes
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A PersistentVolumeClaim and where pods see it: at the path where it is mounted here."""
-
-    claim: str
-    path: str
-
-    def holds(self, path: str) -> bool:
-        return path == self.path or path.startswith(f"{self.path.rstrip('/')}/")
-
-
-def parse_volume(text: str) -> Volume:
-    """`CLAIM:/path`.
-
-    Raises:
-        UserError: it is not that.
-    """
-    claim, _, path = text.partition(":")
-    plain = path.startswith("/") and os.path.normpath(path) == path and path not in ("/", "/tmp")
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim) or not plain or ":" in path:
-        raise UserError(f"--volume-claim {text}: write the name of a PersistentVolumeClaim and where it is mounted, as "
-                        "CLAIM:/path")  # fmt: skip
-    return Volume(claim, path)
-
-
-@dataclass(frozen=True)
-class PodOptions:
-    image: str
-    namespace: str | None = None
-    secret: str | None = None
-    """Whose keys become environment variables, such as those of object storage."""
-    volumes: Sequence["Volume"] = ()
-
-
-def job_manifest(command: Sequence[str], *, name: str, options: ArrayOptions, pod: PodOptions) -> str:
-    """An Indexed Job (batch/v1) as YAML, for `kubectl create -f -`.
-
-    A pod that is evicted, preempted or deleted does not count against the limit of failures: its work goes on in another.
-    """
-    resources: dict[str, Any] = {}
-    if options.cpus_per_task:
-        resources["cpu"] = str(options.cpus_per_task)
-    if options.mem:
-        resources["memory"] = _quantity(options.mem)
-    limits = dict(resources)
-    if options.gpus_per_task:
-        limits["nvidia.com/gpu"] = str(options.gpus_per_task)
-    mounts, volumes = [{"name": "scratch", "mountPath": "/tmp"}], [{"name": "scratch", "emptyDir": {}}]
-    for number, volume in enumerate(pod.volumes):
-        mounts.append({"name": f"claim-{number}", "mountPath": volume.path})
-        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": volume.claim}})
-    container: dict[str, Any] = {
-        "name": "worker",
-        "image": pod.image,
-        "command": list(command),
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        "volumeMounts": mounts,
-    }
-    if limits:
-        container["resources"] = {"requests": resources, "limits": limits}
-    if pod.secret:
-        container["envFrom"] = [{"secretRef": {"name": pod.secret}}]
-    job: dict[str, Any] = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"generateName": f"{name}-", **({"namespace": pod.namespace} if pod.namespace else {})},
-        "spec": {
-            "completionMode": "Indexed",
-            "completions": options.jobs,
-            "parallelism": options.jobs,
-            "backoffLimit": 10 * options.jobs,
-            "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
-            "template": {
-                "spec": {
-                    "restartPolicy": "Never",
-                    "terminationGracePeriodSeconds": SIGNAL_S,
-                    "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-                    "containers": [container],
-                    "volumes": volumes,
-                }
-            },
-        },
-    }
-    return str(yaml.safe_dump(job, sort_keys=False))
-
-
-def _quantity(mem: str) -> str:
-    """SLURM's way to write memory as Kubernetes': 16G is 16Gi.
-
-    Raises:
-        UserError: it is neither's.
-    """
-    match = re.fullmatch(r"(\d+)([KMGT])i?B?", mem)
-    if match is None:
-        raise UserError(f"--mem: {mem!r} is no amount of memory; write it as 16G")
-    return f"{match[1]}{match[2]}i"

@@ -10,6 +10,8 @@ from trainer.errors import UserError
 RUNTIMES = ("pyxis", "apptainer")
 LAUNCHERS = ("srun", "torchrun")
 MAX_CHAIN = 100
+PLAIN_PATH = re.compile(r"/[^,:;\s\"'$`\\]*")
+"""What the runtimes' lists of mounts can hold."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ def parse_mount(text: str) -> tuple[str, str, str]:
     source, _, rest = text.partition(":")
     destination, _, mode = rest.partition(":")
     destination = destination or source
-    plain = re.compile(r"/[^,:;\s\"'$`\\]*")
-    if not plain.fullmatch(source) or not plain.fullmatch(destination) or mode not in ("", "ro", "rw"):
+    if not PLAIN_PATH.fullmatch(source) or not PLAIN_PATH.fullmatch(destination) or mode not in ("", "ro", "rw"):
         raise UserError(f"--container-mount {text}: write it as /SRC:/DST or /SRC:/DST:ro, absolute paths without "
                         "spaces, commas and colons")  # fmt: skip
     return source, destination, mode
@@ -108,6 +109,11 @@ def container_of(image: str | None, runtime: str, mounts: Sequence[str], python:
         if mounts:
             raise UserError("--container-mount: goes with --container")
         return None
+    return Container(whole_path(image), runtime, tuple(mounts), python)
+
+
+def whole_path(image: str) -> str:
+    """Of an image's file, which means the same from any folder; another image's name as it is."""
     if image.startswith(("./", "../", "~/")) or os.path.exists(image):
-        image = os.path.abspath(os.path.expanduser(image))
-    return Container(image, runtime, tuple(mounts), python)
+        return os.path.abspath(os.path.expanduser(image))
+    return image

@@ -10,7 +10,7 @@ import submitit
 
 from launch.job import JobSpec
 from launch.slurm_job.container import batch_words, mounts_of, python_words, srun_words
-from launch.slurm_job.nodes import requeue_lines
+from launch.slurm_job.nodes import chain_lines, requeue_lines
 from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 
@@ -145,6 +145,8 @@ def _setup(jobs: Sequence[Job], *, array: bool) -> list[str]:
         lines += ["job=$SLURM_JOB_ID", _places(jobs[0].spec)]
     return [
         *lines,
+        "# a cluster that has lost its state counts its jobs anew",
+        'rm -rf "$work_dir/slurm/exits/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         "trap : TERM USR2  # bash would die of them while the ranks save; srun passes them on to the tasks",
         'export PYTHONPATH="$code_dir" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1',
         *(f"export {name}={shlex.quote(value)}" for name, value in env_of(jobs[0].spec).items()),
@@ -162,7 +164,16 @@ def _teardown(spec: JobSpec, config: RunConfig, env: dict[str, str]) -> list[str
     python = python_words(container, mounts, python=sys.executable, cpu=True, env=env)
     end = " ".join(batch_words(container, mounts, [*python, "-m", "launch.slurm_job.task"]))
     squeue = 'squeue --noheader --jobs "$job" --format %T'
-    lines = ["code=$?"]
+    lines = [
+        "code=$?",
+        "# a node that SLURM takes for lost may live on: the job has another start by now, which is not this one's to end",
+        'restarts=$(squeue --noheader --jobs "$job" --Format RestartCnt 2> /dev/null)',
+        "restarts=${restarts//[^0-9]/}",
+        'if [ -n "$restarts" ] && [ "$restarts" != "${SLURM_RESTART_COUNT:-0}" ]; then',
+        '  echo "job $job: queued again by SLURM itself; this start has ended"',
+        "  exit 143",
+        "fi",
+    ]
     if container:
         no_python = f"no {container.python} in {container.image}, or the image cannot be run"
         lines.append(f'[ "$code" -eq 127 ] && echo {shlex.quote(no_python)} >&2')
@@ -177,7 +188,10 @@ def _teardown(spec: JobSpec, config: RunConfig, env: dict[str, str]) -> list[str
         return [
             *lines,
             "# the next job of the chain goes on: RequeueExit=75 in slurm.conf would start this one again, --no-requeue or not",
-            '[ "$decision" -eq 75 ] && exit 1',
+            'if [ "$decision" -eq 75 ]; then',
+            *chain_lines(),
+            "  exit 1",
+            "fi",
             'exit "$decision"',
         ]
     return [

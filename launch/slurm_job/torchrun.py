@@ -14,18 +14,17 @@ import submitit
 
 from launch.environment import Place, port_of_job
 from launch.ranks import CRASH_GRACE_S, die_with_parent, kill_rank, signal_rank
+from launch.slurm_job.reports import exits_here
 from launch.slurm_job.task import (
     SignalRelay,
     SlurmTask,
-    ended_before_us,
-    exits_here,
+    has_nothing_to_do,
     leave,
     rendezvous_host,
     restart_count,
     run_rank,
 )
 from trainer.errors import ExitCode
-from trainer.run_folder import RunFolder
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
 """Of others, USR2 among them by default, torchrun dies and leaves its workers behind."""
@@ -51,10 +50,10 @@ class TorchrunTask(SlurmTask):
     def __call__(self) -> None:
         relay = _FirstStop()
         environment = submitit.JobEnvironment()
-        is_main = environment.node == 0
-        if ended_before_us(RunFolder(self.run_dir), environment.job_id, is_main=is_main):
+        first_rank = environment.node * self.gpus_per_node
+        if has_nothing_to_do(self.run_dir, self.work_dir, environment.job_id, first_rank):
             return
-        if (unfit := self.unfit(environment, environment.node * self.gpus_per_node)) is not None:
+        if (unfit := self.unfit(environment, first_rank)) is not None:
             leave(0, unfit, stop_requested=relay.stop_requested)
         command = torchrun_command(self, environment, rendezvous_host(environment))
         # torchrun's own default is one thread a rank, which would pass for the user's word
@@ -128,6 +127,9 @@ def main(arguments: list[str]) -> int:
     code = run_rank(run_dir, place, relay, submitit.JobEnvironment())
     if code in (ExitCode.DONE, ExitCode.REQUEUE):
         return 0
+    if code not in (ExitCode.STOP, ExitCode.USAGE):
+        # torchrun ends the other ranks at once, by a preemption's own signal; one of them may yet say why this one fell
+        time.sleep(CRASH_GRACE_S)
     return code if code > 0 else 128 - code
 
 

@@ -175,12 +175,13 @@ def check_run(engine: Engine, runs: Path) -> None:
     user = pod["securityContext"]
     environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
     environment |= {"LOUPE_ATTEMPT": "first", "JOB_COMPLETION_INDEX": "0"}
-    command = [word.replace("$$", "$") for word in container["command"]]
+    assert "command" not in container, "it would take the place of the image's tini"
+    words = [word.replace("$$", "$") for word in container["args"]]
     began = time.monotonic()
     name = engine.call(
         "run", "--detach", *engine.options(), f"--user={user['runAsUser']}:{user['runAsGroup']}",
         *(f"--env={key}={value.replace('$$', '$')}" for key, value in environment.items()),
-        f"--entrypoint={command[0]}", engine.image, *command[1:],
+        engine.image, *words,
     ).stdout.strip()  # fmt: skip
     try:
         step = wait_for_step(engine, name, port, at_least=3)

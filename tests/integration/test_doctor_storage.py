@@ -1,6 +1,8 @@
 """`loupe doctor` and storage: a real S3 server, and one that hangs, refuses or damages; local folders."""
 
 import os
+import resource
+import signal
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -97,6 +99,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "/proc/run: not written" in found.figure
     found = check("nosuch://bucket/run")[0]
     assert (found.status, found.blame) == ("failed", "run")
+
+
+def test_a_full_disk_keeps_its_last_bytes(tmp_path: Path) -> None:
+    """A limit of files stands for the disk's end: what was written up to it is removed, the records of the run need it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        [found] = check(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (found.status, found.blame) == ("failed", "nobody")
+    assert "not written (OSError" in found.figure
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- clock

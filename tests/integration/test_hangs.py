@@ -62,7 +62,7 @@ def test_the_run_goes_on_after_each_hang(job: tuple[int, Path, list[str], list[f
     assert [entry["reason"] for entry in record["restarts"]] == ["hang"] * 2
     assert [r["step"] for r in RunFolder(str(run_dir)).metrics()] == list(range(1, 17))
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["restarts"] == 2, "neither long saves nor slow steps were taken for hangs"
+    assert summary["restarts"] == 2, "neither long saves nor slow steps nor a long end were taken for hangs"
 
 
 def test_each_hang_ends_soon_and_says_what_and_where(job: tuple[int, Path, list[str], list[float]]) -> None:

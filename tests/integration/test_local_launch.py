@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm_jobs import steps_by_attempt
 from tests.tiny import TINY
 from trainer.config import CODE_ROOT
 from trainer.run_folder import RunFolder
@@ -41,13 +42,6 @@ def command(*arguments: str) -> list[str]:
     ]
 
 
-def steps_by_attempt(run_dir: Path) -> list[list[int]]:
-    return [
-        [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        for path in sorted((run_dir / "metrics").glob("*.jsonl"))
-    ]
-
-
 def logs(run_dir: Path) -> str:
     return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted((run_dir / "logs").glob("*")))
 
@@ -70,6 +64,7 @@ def test_a_rehearsed_preemption_loses_no_step(start: Path) -> None:
     assert (run_dir / "code/SNAPSHOT.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_75_and_the_same_command_goes_on(start: Path) -> None:
     run_dir = start / "runs/demo"
     launcher = subprocess.Popen(command(), cwd=start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -12,6 +12,7 @@ from trainer.config import CODE_ROOT
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_photos_are_built_and_trained_on(shared_dir: Path, tmp_path: Path) -> None:
     def call(*words: str) -> None:
         done = subprocess.run([sys.executable, *words], cwd=CODE_ROOT, capture_output=True, text=True, check=False)

@@ -73,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dic
     return trace(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_at_the_very_step_with_bit_equal_losses(number, undisturbed, tmp_path) -> None:
     folder = tmp_path / "run"
     ranks = start(tiny(*SPIKES), folder)

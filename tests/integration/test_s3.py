@@ -14,6 +14,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_elastic import SHORT, train
 from tests.distributed.test_training import losses
 from tests.s3_server import s3 as s3  # noqa: PLC0414  a fixture
+from tests.slurm_jobs import steps_in
 from tests.tiny import tiny
 from tests.unit.trainer.test_checkpoint_manager import assert_restores, manager, tensors, zeros
 from trainer.checkpoint.errors import CheckpointError
@@ -45,8 +46,8 @@ def test_a_run_on_s3_is_stopped_and_resumes_bit_equal(s3: str, tmp_path: Path) -
     folder = RunFolder(remote)
     assert folder.names("attempts") == ["0000.json", "0001.json"]
     assert folder.read_json("summary.json")["images_seen"] == 96
-    first = [json.loads(line)["step"] for line in folder.read_text("metrics/0000.jsonl").splitlines()]
-    second = [json.loads(line)["step"] for line in folder.read_text("metrics/0001.jsonl").splitlines()]
+    first = steps_in(folder.read_text("metrics/0000.jsonl").splitlines())
+    second = steps_in(folder.read_text("metrics/0001.jsonl").splitlines())
     assert (first, second) == ([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12])  # no step was done twice
 
 

@@ -1,7 +1,6 @@
 """The demo, small, as a job of a real SLURM with two nodes: submitted by our command, preempted by SLURM itself."""
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,12 +13,19 @@ from launch.slurm_job.array import ArrayOptions, submit_array
 from tests import slurm_cluster
 from tests.counting_stage import CountingStage, expected, published
 from tests.slurm_cluster import SlurmCluster
-from tests.tiny import TINY
-from trainer.config import CODE_ROOT
+from tests.slurm_jobs import (
+    START_S,
+    job_record,
+    refused,
+    restart_reasons,
+    steps_by_attempt,
+    submit,
+    wait_for_end,
+    wait_for_restarts,
+    wait_for_steps,
+)
 
 pytestmark = pytest.mark.slurm
-START_S = 180.0
-"""Longest that a job may take from the queue to its first step; mostly the import of torch, on busy cores."""
 
 
 @pytest.fixture(scope="module")
@@ -28,58 +34,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield cluster
 
 
-def submit(cluster: SlurmCluster, run_dir: Path, *arguments: str, check: bool = True) -> str:
-    """Returns the job's id, or where `check` is off, what was said on stderr."""
-    settings = [word for override in TINY for word in ("--set", override)]
-    result = subprocess.run(
-        [
-            sys.executable, str(CODE_ROOT / "launch/slurm.py"), "demo", "--cluster", "slurm", "--nodes", "2", "--cpu",
-            *settings, "--run-dir", str(run_dir), *arguments,
-        ],
-        env=cluster.environment, cwd=run_dir.parent, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    if not check:
-        assert result.returncode == 2
-        return result.stderr
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()[1].rstrip(":")
-
-
-def steps_by_attempt(run_dir: Path) -> list[list[int]]:
-    return [
-        [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        for path in sorted((run_dir / "metrics").glob("*.jsonl"))
-    ]
-
-
-def job_record(run_dir: Path) -> dict:  # type: ignore[type-arg]
-    record: dict = json.loads((run_dir / "job.json").read_text())  # type: ignore[type-arg]
-    return record
-
-
-def logs(run_dir: Path) -> str:
-    paths = [*sorted((run_dir / "slurm").glob("*.out")), *sorted((run_dir / "logs").glob("*"))]
-    return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in paths)
-
-
-def wait_for_steps(cluster: SlurmCluster, job_id: str, run_dir: Path, count: int) -> None:
-    end = time.monotonic() + START_S
-    while not steps_by_attempt(run_dir) or len(steps_by_attempt(run_dir)[-1]) < count:
-        state = cluster.state(job_id)
-        assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"job is {state}\n{logs(run_dir)}"
-        assert time.monotonic() < end, logs(run_dir)
-        time.sleep(0.1)
-
-
-def wait_for_end(cluster: SlurmCluster, job_id: str, run_dir: Path) -> None:
-    state = cluster.wait_for(job_id, "COMPLETED", "FAILED", "CANCELLED", timeout_s=START_S)
-    assert state == "COMPLETED", logs(run_dir)
-
-
 def test_a_job_completes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
     job_id = submit(cluster, run_dir)
-    assert f"in use by SLURM job {job_id}" in submit(cluster, run_dir, check=False)
+    assert f"in use by SLURM job {job_id}" in refused(cluster, run_dir)
     wait_for_end(cluster, job_id, run_dir)
     assert steps_by_attempt(run_dir) == [list(range(1, 21))]
     assert job_record(run_dir)["ended"]["code"] == 0
@@ -95,16 +53,17 @@ def test_a_preempted_job_saves_is_queued_again_and_loses_no_step(cluster: SlurmC
     other = ["sbatch", "--parsable", "--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
     other_id = cluster.run(*other, "--wrap", "sleep 1")
     cluster.wait_for(other_id, "RUNNING", "COMPLETED", timeout_s=60)
-    assert cluster.field(job_id, "Restarts") == "1", logs(run_dir)
+    wait_for_restarts(cluster, job_id, run_dir, 1)
     stopped_at = steps_by_attempt(run_dir)[0][-1]
     assert stopped_at < 262
     cluster.start_now(job_id)
     wait_for_end(cluster, job_id, run_dir)
-    assert [entry["reason"] for entry in job_record(run_dir)["restarts"]] == ["preempted"]
+    assert restart_reasons(run_dir) == ["preempted"]
     first, second = steps_by_attempt(run_dir)
     assert [*first, *second] == list(range(1, 263)), "every step once"
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_does_not_return(cluster: SlurmCluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
     job_id = submit(cluster, run_dir, "--set", "phases.low_resolution.steps=100000")
@@ -118,9 +77,8 @@ def test_a_cancelled_job_does_not_return(cluster: SlurmCluster, tmp_path: Path) 
 def test_a_job_that_slurm_would_not_take_is_refused_before_anything_is_written(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    error = submit(cluster, tmp_path / "r", "--partition", "nowhere", check=False)
-    assert error.startswith("error: sbatch: ")
-    assert "partition" in error
+    error = refused(cluster, tmp_path / "r", "--partition", "nowhere")
+    assert error == "error: --partition nowhere: not on this cluster, which has high, low\n"
     assert error.count("\n") == 1
     assert not (tmp_path / "r").exists()
 
@@ -133,6 +91,7 @@ from data.stages.runner import Stopped
 from data.stages.workers import run_workers
 from tests.counting_stage import CountingStage
 if __name__ == "__main__":
+    print("begins", flush=True)
     try:
         run_workers(CountingStage(items=6, samples=40, part=5, seconds=0.1), sys.argv[1], workers=1)
     except Stopped:
@@ -140,6 +99,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_array_shares_a_stage_and_a_stopped_job_returns(
     cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +126,7 @@ def test_an_array_shares_a_stage_and_a_stopped_job_returns(
         facts = cluster.run("scontrol", "show", "job", str(job_id))
         assert state == "COMPLETED", f"{facts}\n{_stage_logs(tmp_path)}\n{cluster.logs()}"
     assert published(out) == expected(CountingStage(items=6, samples=40))
+    assert (tmp_path / f"stage-{job_id}_0.log").read_text().count("begins\n") == 2, "the start before has its log still"
 
 
 def _stage_logs(folder: Path) -> str:

@@ -4,12 +4,16 @@ import shlex
 from typing import Any
 
 import click
+import kubernetes_validate
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from data.commands.stage import StageOptions, command_line, stage_options
-from launch.slurm_job.array import ArrayOptions, PodOptions, array_script, job_manifest
+from launch.pods.stage_job import StageJob, job_manifest
+from launch.pods.template import PodNeeds, pod_spec
+from launch.pods.volumes import Volume
+from launch.slurm_job.array import ArrayOptions, array_script
 from trainer.errors import UserError
 
 COMMAND = ["python", "-m", "launch.cli", "data", "ingest", "s3://bucket/raw tars", "s3://bucket/out"]
@@ -22,33 +26,52 @@ def test_the_script_asks_for_what_was_said_and_nothing_else() -> None:
     asked = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert set(asked) == {
         "job-name=loupe-ingest", "array=0-15", "ntasks=1", "partition=cpu", "mem=8G", "signal=TERM@60",
-        "output=loupe-ingest-%A_%a.log", "requeue",
+        "output=loupe-ingest-%A_%a.log", "open-mode=append", "requeue",
     }  # fmt: skip
     assert f"srun --kill-on-bad-exit=1 {shlex.join(COMMAND)} &" in script.splitlines()
 
 
 def test_the_manifest_is_an_indexed_job_that_outlives_evictions() -> None:
     text = job_manifest(
-        COMMAND, name="loupe-ingest", options=ArrayOptions(8, cpus_per_task=4, mem="16G", gpus_per_task=1),
-        pod=PodOptions("registry/loupe:1", namespace="data", secret="s3-keys"),
+        [*COMMAND, "$(HOME)"], name="loupe-ingest",
+        job=StageJob("registry/loupe:1", 8, 4, "16G", 1, namespace="data", secret="s3-keys", volumes=[Volume("set", "/set")]),
     )  # fmt: skip
     job = yaml.safe_load(text)
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     spec = job["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 8, 8)
-    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in spec["podFailurePolicy"]["rules"]
+    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in spec[
+        "podFailurePolicy"
+    ]["rules"]
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
-    assert pod["securityContext"]["runAsNonRoot"] is True
     (container,) = pod["containers"]
-    assert container["command"] == COMMAND
-    assert container["resources"]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert container["args"] == [*COMMAND, "$$(HOME)"]
+    assert container["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert container["resources"]["requests"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
     assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
+    # nothing in a stage's pod is otherwise than in a training's
+    asked = {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    same = pod_spec(PodNeeds("worker", "registry/loupe:1", container["args"], 60, asked, secrets=["s3-keys"],
+                             volumes=[Volume("set", "/set")]))  # fmt: skip
+    assert pod == same
+    kubernetes_validate.validate(job, "1.30", strict=True)
+
+
+def test_a_stages_shared_memory_leaves_room_for_its_workers() -> None:
+    def shm(mem: str | None) -> dict[str, str]:
+        job = yaml.safe_load(job_manifest(COMMAND, name="x", job=StageJob("image", 1, mem=mem)))
+        volumes = job["spec"]["template"]["spec"]["volumes"]
+        (found,) = (volume["emptyDir"] for volume in volumes if volume["name"] == "shm")
+        return dict(found)
+
+    assert shm("4G") == {"medium": "Memory", "sizeLimit": "2048Mi"}
+    assert shm("64G") == shm(None) == {"medium": "Memory", "sizeLimit": "8Gi"}
 
 
 def test_memory_that_is_none_is_refused() -> None:
-    with pytest.raises(UserError, match="--mem: 'lots' is no amount of memory"):
-        job_manifest(COMMAND, name="x", options=ArrayOptions(1, mem="lots"), pod=PodOptions("image"))
+    with pytest.raises(UserError, match="--mem lots: no amount of memory"):
+        job_manifest(COMMAND, name="x", job=StageJob("image", 1, mem="lots"))
 
 
 @click.group()

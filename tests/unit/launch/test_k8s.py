@@ -30,10 +30,11 @@ FULL = (
     "--service-account", "trainer", "--pull-secret", "registry", "--toleration", "nvidia.com/gpu=present:NoSchedule",
     "--toleration", "spot", "--node-selector", "pool=h100", "--annotation", "team=vision", "--volume-claim", "data:/data",
     "--secret", "s3-keys", "--secret-mount", "gcs:/var/secrets/gcs", "--env", "NCCL_DEBUG=INFO", "--env", "PRICE=$5$(X)",
-    "--cpus-per-task", "12", "--mem", "512G", "--shm", "64G", "--resource", "rdma/hca=8", "--grace", "900",
+    "--cpus-per-task", "12", "--mem", "512G", "--shm", "64G", "--scratch", "500G", "--resource", "rdma/hca=8", "--grace", "900",
     "--metrics", "podmonitor",
 )  # fmt: skip
 KINDS = ("jobset", "volcano")
+REMOTE = ("--set", "data.datasets.emoji.url=s3://bucket/emoji")
 
 
 @pytest.fixture
@@ -128,7 +129,11 @@ def test_options_arrive(command: Command, kind: str) -> None:
     assert (spec["nodeSelector"], spec["serviceAccountName"]) == ({"pool": "h100"}, "trainer")
     assert spec["priorityClassName"] == "low"
     assert container["resources"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": "4", "rdma/hca": "8"}
-    assert container["resources"]["requests"]["cpu"] == "48"
+    assert container["resources"]["requests"] == {
+        "cpu": "48", "memory": "512Gi", "nvidia.com/gpu": "4", "rdma/hca": "8", "ephemeral-storage": "500Gi",
+    }  # fmt: skip
+    scratch = next(volume for volume in spec["volumes"] if volume["name"] == "scratch")
+    assert scratch["emptyDir"] == {"sizeLimit": "500Gi"}
     assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
     shm = next(volume for volume in spec["volumes"] if volume["name"] == "shm")
     assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
@@ -153,12 +158,44 @@ def test_options_arrive(command: Command, kind: str) -> None:
 def test_the_config_arrives_whatever_is_in_it(command: Command, kind: str) -> None:
     prompts = 'samples.prompts=["for $5 a $(piece)", "$$"]'
     container = templates(objects(command, kind, *FULL, "--set", prompts)[0])[0]["spec"]["containers"][0]
-    given = {"LOUPE_GROUP": "g", "LOUPE_VERSION": "3", "LOUPE_ATTEMPT": "uid"}
+    given = {"LOUPE_GROUP": "g", "LOUPE_VERSION": "3", "LOUPE_ATTEMPT": "uid", "LOUPE_NODE": "n7"}
     variables = environment_of(container, given)
     config = from_yaml(variables["LOUPE_CONFIG"], source="the pod")
     assert config == with_overrides(load("demo"), [prompts, "metrics.bind_address=0.0.0.0", "metrics.port=9400"])
     assert variables["PRICE"] == "$5$(X)"
     assert variables["LOUPE_ATTEMPT"] == ("uid" if kind == "jobset" else "g.3")
+
+
+def test_the_shard_cache_stays_within_the_pods_disk(command: Command) -> None:
+    def cache_gib(*arguments: str) -> float | None:
+        container = templates(objects(command, "jobset", *URL, "--cpu", *arguments)[0])[0]["spec"]["containers"][0]
+        (text,) = (v["value"] for v in container["env"] if v["name"] == "LOUPE_CONFIG")
+        return from_yaml(text.replace("$$", "$"), source="the pod").data.cache_gib
+
+    assert cache_gib() is None, "nothing of it is remote"
+    assert cache_gib(*REMOTE) == 16.0
+    assert cache_gib(*REMOTE, "--scratch", "500G") == 400.0
+    assert cache_gib(*REMOTE, "--set", "data.cache_gib=5") == 5.0
+    elsewhere = ("--set", "data.cache_dir=/cache", "--volume-claim", "c:/cache")
+    assert cache_gib(*REMOTE, *elsewhere) is None, "80 % of that disk, as everywhere"
+    assert cache_gib(*REMOTE, *elsewhere, "--set", "data.cache_gib=900") == 900.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_process_1_is_the_images_own(command: Command, kind: str) -> None:
+    """A `command` would take tini's place, and a SIGTERM that came while Python imports would be lost."""
+    for template in templates(objects(command, kind, *FULL)[0]):
+        (container,) = template["spec"]["containers"]
+        assert "command" not in container
+        assert container["args"][:2] == ["loupe", "pod"]
+
+
+def test_a_job_that_asks_for_no_cores_or_memory_is_warned_of(command: Command) -> None:
+    code, out, err = command(*URL, "--cpu", "--render", "jobset")
+    assert code == 0
+    assert err.startswith("warning: no --cpus-per-task and no --mem: ")
+    assert "warning" not in out
+    assert command(*FULL, "--render", "jobset")[2] == ""
 
 
 def test_what_ends_a_job_and_what_starts_it_again(command: Command) -> None:
@@ -180,7 +217,7 @@ def test_what_ends_a_job_and_what_starts_it_again(command: Command) -> None:
 
 def test_nobody_falls_back_on_localhost(command: Command) -> None:
     assert "localhost" not in command(*FULL, "--render", "volcano")[1]
-    commands = [t["spec"]["containers"][0]["command"] for t in templates(objects(command, "volcano", *FULL)[0])]
+    commands = [t["spec"]["containers"][0]["args"] for t in templates(objects(command, "volcano", *FULL)[0])]
     assert [words[-2:] for words in commands] == [["--index", str(i)] for i in range(4)]
     assert all(words[words.index("--main-host-env") + 1] == "VC_TRAIN_0_HOSTS" for words in commands)
     (template,) = templates(objects(command, "jobset", *FULL)[0])
@@ -214,6 +251,8 @@ def test_a_dry_run_prints_objects_and_config_and_no_secret(command: Command, mon
         (("--run-dir", "s3://key:secret@bucket/x"), "holds a password"),
         ((*URL, "--mem", "8G"), "--shm 8Gi: is part of the pod's memory"),
         ((*URL, "--mem", "lots"), "--mem lots"),
+        ((*URL, "--scratch", "500M"), "--scratch 500Mi: at least 1G"),
+        ((*URL, *REMOTE, "--set", "data.cache_gib=100"), "of which shards may take 80%; lower it, give --scratch 125G"),
         ((*URL, "--toleration", "gpu:Never"), "--toleration gpu:Never"),
         ((*URL, "--node-selector", "pool"), "--node-selector pool: write it as KEY=VALUE"),
         ((*URL, "--gpus-per-node", "0"), "--gpus-per-node 0"),
@@ -283,7 +322,7 @@ def test_without_torchx_the_error_says_what_to_install(command: Command, monkeyp
     monkeypatch.setitem(sys.modules, "torchx", None)
     code, out, err = command(*URL, "--cpu", "--render", "volcano")
     assert (code, out) == (2, "")
-    assert "pip install 'loupe[kubernetes]'" in err
+    assert "pip install -e '.[kubernetes]' in the checkout" in err
     assert command(*URL, "--cpu", "--render", "jobset")[0] == 0, "a JobSet needs no torchx"
 
 

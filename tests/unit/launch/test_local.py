@@ -1,5 +1,7 @@
 """The supervisor against real processes: a stand-in for the trainer, which exits as it is told to."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -9,14 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 
 from launch.console import PlainDisplay
+from launch.folder_lock import LOCK, locked
 from launch.job import JobSpec, check_folder, live_job, process_start, record_job
-from launch.local import Supervisor, _lock
+from launch.local import Supervisor
 from launch.ranks import log_path
+from tests.slurm_jobs import steps_in
 from tests.tiny import tiny
 from trainer.errors import UserError
 from trainer.recipes import load
@@ -83,11 +88,26 @@ def test_the_budget_ends_a_run_that_crashes_on(run: Run, tmp_path: Path) -> None
     assert job_record(tmp_path)["ended"]["code"] == 7
 
 
-def test_restarts_without_a_newer_step_end_the_run(run: Run, tmp_path: Path) -> None:
+def test_the_pause_before_a_restart_grows_only_while_there_is_no_newer_step(tmp_path: Path) -> None:
+    spec = JobSpec("demo", str(tmp_path), "local", cpu=True, max_restarts=9, code_dir=str(tmp_path / "code"))
+    folder = RunFolder(str(tmp_path))
+    record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
+    notes: list[str] = []
+    # one rank without a saved step begins at 0 again: three crashes at step 3, then one that comes later
+    script = "0:3:0:7,1:3:0:7,2:3:0:7,3:6:0:7"
+    command = [sys.executable, str(STAND_IN), "--run-dir", str(tmp_path), "--script", script]
+    supervisor = Supervisor(
+        spec, load("demo"), folder, PlainDisplay(notes.append), command=command, backoff_s=0.51, poll_s=0.02
+    )
+    assert supervisor.run() == 0
+    assert [note.rpartition(" in ")[2] for note in notes if "starting again" in note] == ["1 s", "1 s", "2 s", "1 s"]
+
+
+def test_restarts_without_a_newer_checkpoint_end_the_run(run: Run, tmp_path: Path) -> None:
     code, notes = run("--script", "*:3:0:7", max_restarts=100)
     assert code == 93
     assert len(list((tmp_path / "attempts").glob("*-0"))) == 4
-    assert any("3 restarts have not brought it past step 3" in note for note in notes)
+    assert any("3 restarts have not brought it past the checkpoint of step 3" in note for note in notes)
 
 
 def test_do_not_restart_is_obeyed_and_the_reason_shown(run: Run, tmp_path: Path) -> None:
@@ -110,8 +130,8 @@ def test_rehearsed_preemption_saves_and_goes_on(run: Run, tmp_path: Path) -> Non
     assert [entry["reason"] for entry in job_record(tmp_path)["restarts"]] == ["preempted"]
     assert "saved at step" in log_path(str(tmp_path), 0).read_text()
     assert "saved at step" in log_path(str(tmp_path), 1).read_text()
-    first = [json.loads(line)["step"] for line in (tmp_path / "metrics/0000.jsonl").read_text().splitlines()]
-    second = [json.loads(line)["step"] for line in (tmp_path / "metrics/0001.jsonl").read_text().splitlines()]
+    first = steps_in((tmp_path / "metrics/0000.jsonl").read_text().splitlines())
+    second = steps_in((tmp_path / "metrics/0001.jsonl").read_text().splitlines())
     assert first[-1] >= 60
     assert second[0] == first[-1] + 1, "goes on where it stopped"
     assert any(note == "started again: attempt 0001" for note in notes)
@@ -186,11 +206,63 @@ def test_the_lock_makes_a_folder_in_use_known_and_a_dead_pid_does_not(tmp_path: 
     spec = JobSpec("demo", str(tmp_path), "local", cpu=True, code_dir=str(tmp_path / "code"))
     record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
     assert live_job(folder) is None, "a pid alone is no life: the lock is free"
-    with _lock(spec, folder):
+    with locked(spec.work_dir, folder.url):
         assert str(os.getpid()) in (live_job(folder) or "")
-        with pytest.raises(UserError, match="another job"), _lock(spec, folder):
+        assert live_job(folder, have_lock=True) is None, "the lock is our own"
+        with pytest.raises(UserError, match="another job"), locked(spec.work_dir, folder.url):
             pass
     assert live_job(folder) is None
+
+
+def test_a_disk_without_locks_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(str(tmp_path))
+    spec = JobSpec("demo", str(tmp_path), "local", cpu=True, code_dir=str(tmp_path / "code"))
+    record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
+    (tmp_path / LOCK).touch()
+
+    def of_nfs(file: Any, operation: int) -> None:
+        """There a lock is one of byte ranges, which wants a file that is open for writing."""
+        fcntl.lockf(file, operation)
+
+    monkeypatch.setattr("launch.folder_lock.fcntl.flock", of_nfs)
+    assert live_job(folder) is None
+
+    def of_lustre(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("launch.folder_lock.fcntl.flock", of_lustre)
+    with pytest.raises(UserError, match="cannot be told from here"):
+        live_job(folder)
+    with pytest.raises(UserError, match=r"files cannot be locked there .*-o flock"), locked(spec.work_dir, folder.url):
+        pass
+
+
+def test_the_supervisor_goes_on_where_records_are_damaged(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/0000.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')  # what a full disk leaves
+    code, _ = run("--script", "0:3:0:7")
+    assert code == 0
+    assert [entry["step"] for entry in job_record(tmp_path)["restarts"]] == [3]
+
+
+def test_a_job_record_that_cannot_be_read_ends_no_run(run: Run, tmp_path: Path) -> None:
+    """The rank crashes, and what it leaves of job.json is half a file; a person mends that while the next start runs."""
+    whole = tmp_path / "whole.json"
+    code, notes = run(
+        "--script", "0:3:0:7,1:6:0:7", "--at-step", f"0:2:mv {tmp_path}/job.json {whole}; echo '{{' > {tmp_path}/job.json",
+        "--at-step", f"1:4:mv {whole} {tmp_path}/job.json",
+    )  # fmt: skip
+    assert code == 0, notes
+    assert any("/job.json (JSONDecodeError" in note for note in notes)
+    restarts = job_record(tmp_path)["restarts"]
+    assert [(entry["reason"], "unrecorded" in entry) for entry in restarts] == [("crash", True), ("crash", False)]
+
+
+def test_a_supervisor_whose_folder_fails_for_good_gives_up_and_says_so(run: Run, tmp_path: Path) -> None:
+    code, notes = run("--script", "*:3:0:7", "--at-step", f"0:2:echo '{{' > {tmp_path}/job.json")
+    assert code == 93
+    assert len(list((tmp_path / "attempts").glob("*-0"))) == 4
+    assert any("not started again, this end cannot be put into" in note for note in notes)
 
 
 def test_a_run_folder_that_nobody_answers_for_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

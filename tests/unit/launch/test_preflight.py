@@ -13,11 +13,11 @@ from submitit.core.utils import DelayedSubmission
 from launch.console import PlainDisplay
 from launch.doctor.checks import Finding
 from launch.doctor.preflight import Verdict, bad_nodes, judge, log_check, may_leave_out, preflight
-from launch.job import JobSpec, record_job
+from launch.job import JobSpec, record_job, update_job
 from launch.local import run_local
 from launch.ranks import Outcome, decide, last_line, log_path, outcome_of
 from launch.slurm_job import task as slurm_task
-from launch.slurm_job.nodes import check_node, leave_out, requeue_lines, too_many
+from launch.slurm_job.nodes import chain_lines, check_node, leave_out, requeue_lines, too_many
 from launch.slurm_job.options import SlurmOptions
 from launch.slurm_job.queue import _hand_over
 from launch.slurm_job.script import Job
@@ -222,6 +222,48 @@ def test_the_script_requeues_first_and_keeps_what_was_excluded(
     expected = ["requeue 12"] if updated is None else ["requeue 12", f"update JobId=12 ExcNodeList={updated}"]
     assert [call for call in calls if not call.startswith("show")] == expected
     assert run(REQUEUE="1")[0] == "not queued\n"
+
+
+@pytest.mark.parametrize(("nodes", "left"), [("n1 n2 n2", 1), ("n1 n2 n3", 2), ("", None)])
+def test_a_partition_must_have_enough_nodes_left(
+    tmp_path: Path, run_dir: str, monkeypatch: pytest.MonkeyPatch, nodes: str, left: int | None
+) -> None:
+    """The job wants two, and n1 has failed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    assert check(run_dir, 0, "n1").code == 71
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "low")
+    sinfo = tmp_path / "bin/sinfo"
+    sinfo.parent.mkdir()
+    sinfo.write_text(f"#!/bin/sh\n[ $6 = low ] && printf '%s\\n' {nodes or '; exit 1'}\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sinfo.parent}:{os.environ['PATH']}")
+    why = too_many(RunFolder(run_dir), run_dir, "12.0")
+    assert (why is not None) == (left == 1)
+    if why:
+        assert "(n1) the partition has 1, and the job wants 2" in why
+
+
+def test_later_jobs_of_a_chain_are_kept_from_the_nodes_that_failed(
+    tmp_path: Path, run_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the end of the batch script leaves for it, and what the script does with that."""
+    update_job(RunFolder(run_dir), chain=["12", "13", "14", "15; rm -rf /"])
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    verdict = check(run_dir, 0, "n1")
+    assert verdict.code == 71
+    log_check(log_path(run_dir, 0), "n1", verdict)
+    report_exit(run_dir, 0, 71, stop_requested=False)
+    assert end_of_batch(run_dir, run_dir, 1, 5, 71) == 75
+    assert "the next job of the chain goes on, without n1" in capsys.readouterr().out
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    bash = shutil.which("bash")
+    assert bash
+    script = "\n".join([f"decided={run_dir}/slurm/exits/12.0/decision", *chain_lines()])
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OLD": "n[7-8]"}
+    subprocess.run([bash, "-c", script], env=environment, cwd=tmp_path, check=True)
+    calls = [call for call in (tmp_path / "calls").read_text().splitlines() if not call.startswith("show")]
+    assert calls == [f"update JobId={job} ExcNodeList=n[7-8],n1" for job in (13, 14)]
 
 
 # ---------------------------------------------------------------------------------------------------- on one's own machine

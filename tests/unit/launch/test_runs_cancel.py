@@ -29,13 +29,14 @@ SUPERVISE = """
 import os, sys
 from launch.console import PlainDisplay
 from launch.job import JobSpec, process_start, record_job
-from launch.local import Supervisor, _lock
+from launch.folder_lock import locked
+from launch.local import Supervisor
 from trainer.recipes import load
 from trainer.run_folder import RunFolder
 run_dir = sys.argv[1]
 spec = JobSpec("demo", run_dir, "local", gpus_per_node=2, cpu=True, code_dir=run_dir + "/code")
 folder = RunFolder(run_dir)
-with _lock(spec, folder):
+with locked(spec.work_dir, folder.url):
     record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
     sys.exit(Supervisor(spec, load("demo"), folder, PlainDisplay(), command=sys.argv[2:]).run())
 """
@@ -113,13 +114,13 @@ def test_now_kills_ranks_that_do_not_listen(supervised: Any, capsys: pytest.Capt
 def test_a_process_that_is_not_the_supervisor_is_never_signalled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launch.local import _lock
+    from launch.folder_lock import locked
 
     folder = make_run(str(tmp_path / "r"))
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         update_job(folder, pid=bystander.pid, pid_start=1)
-        with _lock(JobSpec("demo", folder.url, "local", cpu=True, code_dir="c"), folder):
+        with locked(folder.root, folder.url):
             for arguments in (["--now"], []):
                 code, _, err = call(capsys, "cancel", folder.url, *arguments)
                 assert code == 2
@@ -143,7 +144,7 @@ def test_a_cancelled_job_is_not_started_again_and_the_next_one_is(tmp_path: Path
     ask_to_cancel(folder, folder.read_json("job.json"))
     decision = decide(folder, stopped, preempted=True, max_restarts=5, log=log)
     assert (decision.restart, decision.code) == (False, CANCELLED)
-    assert "cancelled (after saving)" in folder.read_json("job.json")["ended"]["why"]
+    assert folder.read_json("job.json")["ended"]["why"] == "cancelled, not saved, newest checkpoint: none"
     time.sleep(0.01)
     record_job(folder, JobSpec("demo", folder.url, "slurm", cpu=True, code_dir=f"{folder.url}/code"), job_id="8")
     assert decide(folder, stopped, preempted=True, max_restarts=5, log=log).restart, "the mark is of the job before"
@@ -181,6 +182,31 @@ def test_a_submission_is_repeated_with_its_own_options() -> None:
     assert {name: found[name] for name in expected} == expected
 
 
+def test_a_submission_is_repeated_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/l.sif").touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "demo",
+        "--cluster",
+        "slurm",
+        "--include",
+        "notes/a.txt",
+        "--include",
+        "/b",
+        "--container",
+        "images/l.sif",
+    ]
+    with submit.make_context("submit", arguments) as context:
+        given = options_of(context)
+    assert given["includes"] == [f"{tmp_path}/notes/a.txt", "/b"]
+    assert given["image"] == f"{tmp_path}/images/l.sif"
+    with submit.make_context(
+        "submit", ["demo", "--cluster", "slurm", "--container", "docker://team/loupe:1"]
+    ) as context:
+        assert options_of(context)["image"] == "docker://team/loupe:1", "no file"
+
+
 @pytest.mark.parametrize(("extra", "expected"), [((), 2), (("--gpus-per-node", "4"), 4)])
 def test_resume_takes_the_record_and_what_is_given_beside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: tuple[str, ...], expected: int
@@ -194,11 +220,11 @@ def test_resume_takes_the_record_and_what_is_given_beside(
 
 
 def test_resume_refuses_what_is_done_or_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.local import _lock
+    from launch.folder_lock import locked
 
     folder = make_run(str(tmp_path / "r"))
     update_job(folder, pid=os.getpid(), pid_start=process_start(os.getpid()))
-    with _lock(JobSpec("demo", folder.url, "local", cpu=True, code_dir="c"), folder):
+    with locked(folder.root, folder.url):
         code, _, err = call(capsys, "resume", folder.url)
         assert code == 2
         assert "in use by process" in err

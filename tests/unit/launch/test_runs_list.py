@@ -12,12 +12,13 @@ import pytest
 from launch.cancellation import ask_to_cancel
 from launch.cli import cli
 from launch.entry import run_command
+from launch.folder_lock import locked
 from launch.job import process_start, update_job
-from launch.local import _lock
+from launch.queue_states import ask_slurm
+from launch.runs import find as runs_find
 from launch.runs import read as runs_read
 from launch.runs.find import find_run
 from launch.runs.read import in_parallel, read_all
-from launch.runs.state import ask_slurm
 from launch.runs.text import duration, printable
 from tests.run_folders import NOW, job_of, make_run
 from trainer.errors import UserError
@@ -38,7 +39,9 @@ def listed(capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> d
 
 def test_a_table_of_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pid, started = os.getpid(), process_start(os.getpid())
-    live = make_run(str(tmp_path / "live"), attempts=((1, 2), (2, 3, 4)), checkpoint=4, pid=pid, pid_start=started)
+    begin = time.time() - 100
+    live = make_run(str(tmp_path / "live"), attempts=((1, 2), (2, 3, 4)), checkpoint=4, start=begin, pid=pid,
+                    pid_start=started)  # fmt: skip
     over = make_run(str(tmp_path / "over"), attempts=((1, 20),), start=NOW - 90)
     update_job(over, ended={"code": 0, "why": "done", "time": NOW - 50})
     crashed = make_run(str(tmp_path / "crashed"))
@@ -48,7 +51,7 @@ def test_a_table_of_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     update_job(stopped, ended={"code": 75, "why": "stopped after saving", "time": NOW})
     ask_to_cancel(stopped, job_of(tmp_path / "stopped"))
     (tmp_path / "no-run").mkdir()
-    with _lock(type("Spec", (), {"work_dir": live.root})(), live):  # type: ignore[arg-type]
+    with locked(live.root, live.url):
         runs = listed(capsys, tmp_path)
         code, out, err = call(capsys, "runs", "--root", str(tmp_path))
     assert {name: run["state"] for name, run in runs.items()} == {
@@ -57,8 +60,10 @@ def test_a_table_of_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     expected = {"phase": "low_resolution", "step": 4, "total_steps": 20, "images_per_s": 4.0, "restarts": 1,
                 "checkpoint_step": 4, "damage": [], "alive": True}  # fmt: skip
     assert {name: runs["live"][name] for name in expected} == expected
-    assert runs["live"]["goodput"] == pytest.approx(8 / 100, rel=0.2)
-    assert runs["over"]["goodput"] == pytest.approx(40 / 40)
+    # by its last word, which was half a minute ago; and to the end of its job
+    assert runs["live"]["goodput"] == pytest.approx(8 / 65)
+    assert runs["live"]["goodput_seconds"]["down"] == pytest.approx(40, abs=1e-4)
+    assert runs["over"]["goodput"] == pytest.approx(4 / 40)
     assert runs["over"]["time_left_s"] is None
     # 4 steps of 32 px are left at 4 images/s, and 12 of 64 px at a quarter of that
     assert runs["live"]["time_left_s"] == pytest.approx(4 * 8 / 4 + 12 * 8 / 1)
@@ -139,6 +144,34 @@ def test_roots_and_names(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_runs_of_sweeps_have_a_folder_between(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path) if kind == "disk" else f"memory://{tmp_path.name}/runs"
+    for name in ("one", "one/checkpoints/no-run", "sweep/a", "sweep/b", "deep/er/c", ".hidden/d"):
+        make_run(f"{root}/{name}", attempts=((1,),))
+    RunFolder(f"{root}/sweep").write_text("notes.txt", "no run")
+
+    def names(*arguments: str) -> tuple[set[str], str]:
+        code, out, err = call(capsys, "runs", "--root", root, "--json", *arguments)
+        assert code == 0, err
+        return {run["name"] for run in json.loads(out)}, err
+
+    assert names("--depth", "1") == ({"one"}, "")
+    assert names() == ({"one", "sweep/a", "sweep/b"}, ""), "what lies in a run is the run's"
+    assert names("--depth", "3")[0] == {"one", "sweep/a", "sweep/b", "deep/er/c"}
+    assert find_run("sweep/b", [root]).url == f"{root}/sweep/b"
+    assert call(capsys, "runs", "--depth", "7")[0] == 2
+    monkeypatch.setattr(runs_find, "MAX_FOLDERS", 4)
+    few, said = names()
+    assert few == {"one"}
+    assert (
+        said
+        == f"warning: {root}: holds more than 4 folders, so not all of its levels are read; name a smaller --root\n"
+    )
+
+
 def test_states_that_cannot_be_asked_are_said_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +233,9 @@ def test_show_tells_checkpoints_restarts_and_targets(capsys: pytest.CaptureFixtu
     assert "NOT VALID (shard-00000.safetensors: " in bad
     assert "crash at step 2: rank 3 ended with code 1" in out
     assert "preempted at step 2" in out
-    assert "ended with code 143: cancelled" in out
+    assert "  cancelled\n" in out
+    assert out.count("restarts:") == 1
+    assert out.startswith("run:           r (config demo)\n")
     assert "restarts:      preempted 1, crash 1" in out
     assert "http://node:9000/metrics" in out
     assert "stacks of 1 file(s)" in out
@@ -210,3 +245,22 @@ def test_text_from_storage_cannot_command_a_terminal() -> None:
     assert printable("a\x1b[31mb\x1b]0;title\x07c\x9bd\x00e\tf") == "abcde\tf"
     assert printable(" 10%\r 20%\r") == " 20%"
     assert [duration(s) for s in (3, 89, 90, 3600, 50 * 3600)] == ["3 s", "89 s", "2 min", "1 h 00 min", "2 d 2 h"]
+
+
+def test_show_says_on_what_the_time_of_each_start_went(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = make_run(str(tmp_path / "r"), attempts=((1,), (2,), (3,), (4,), (5,)))
+    parts = {"import": 6.125, "ranks": 0.01, "first_batch": 3.5}
+    damaged = {"import": None, "model": "x"}
+    for number, seconds in ((0, {"import": 99.0}), (1, {"restore": 77.0}), (3, parts), (4, damaged)):
+        folder.add_to_attempt(number, start_seconds=seconds)
+    code, out, _ = call(capsys, "runs", "show", str(tmp_path / "r"))
+    assert code == 0
+    lines = out.split("\nstarts:\n")[1].split("\n")[:4]
+    assert lines[0].endswith("2 rank(s), first step after 77.0 s: restore 77.0"), "the newest four"
+    assert lines[1].endswith("2 rank(s), no first step recorded")
+    assert lines[2].endswith("first step after 9.6 s: import 6.1, first_batch 3.5")
+    assert "first step after 0.0 s" in lines[3], "what is no number is none"
+    (tmp_path / "r/attempts/0004.json").write_text("{")
+    code, out, _ = call(capsys, "runs", "show", str(tmp_path / "r"))
+    assert code == 0
+    assert "attempts/0004.json" in out

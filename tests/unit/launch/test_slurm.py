@@ -156,6 +156,7 @@ def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
         (("--env", "MY_TOKEN=x"), "--env MY_TOKEN"),
         (("--include", "/etc/passwd"), "--include /etc/passwd"),
         (("--container-mount", "/a"), "--container-mount: goes with --container"),
+        (("--container", "x", "--run-dir", "/a,b"), "--run-dir: /a,b cannot be mounted in a container"),
         (("--cluster", "local", "--seeds", "2"), "--seeds: goes with --cluster slurm"),
         (("--cluster", "local", "--container", "x"), "--container: goes with --cluster slurm"),
     ],

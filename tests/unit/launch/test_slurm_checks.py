@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from launch.environment import given_variables
-from launch.job import JobSpec
-from launch.slurm_job.checks import check_cluster, check_container, check_nodes, check_time, gpus_in
+from launch.job import JobSpec, record_job
+from launch.slurm_job.checks import check_cluster, check_container, check_nodes, check_partition, check_time, gpus_in
 from launch.slurm_job.options import Container, SlurmOptions
+from launch.slurm_job.reports import note_asked, report_exit
 from trainer.errors import UserError
 from trainer.run_folder import RunFolder
 
@@ -37,12 +38,41 @@ NODES = "n1|gpu:a100:4(S:0)|64\nn2|gpu:a100:8(S:0-1)|128\n"
         (spec(slurm=SlurmOptions("cpu")), "n1|(null)|64\n", "no node of partition cpu has GPUs"),
         (spec(gpus_per_node=8, slurm=SlurmOptions(cpus_per_task=32)), NODES, "256 cores for 8 rank(s)"),
         (spec(gpus_per_node=129, cpu=True), NODES, "129 cores"),
+        (spec(nodes=3), f"{NODES}{NODES}", "--nodes 3: this cluster has 2"),  # each node in two partitions
     ],
 )
 def test_more_than_a_node_has(asked: JobSpec, listing: str, said: str) -> None:
     with pytest.raises(UserError) as e:
         check_nodes(asked, listing)
     assert said in str(e.value)
+
+
+PARTITIONS = "low*|1:00:00\nhigh|infinite\nshort|30:00\nlong|2-12:00:00\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "time_min", "said"),
+    [
+        ("nowhere", None, "--partition nowhere: not on this cluster, which has high, long, low, short"),
+        ("low,nowhere", None, "--partition nowhere"),
+        (None, 61, "--time: 61 minutes, and partition low lets a job run for 60"),
+        ("short", 31, "partition short lets a job run for 30"),
+        ("long", 3601, "partition long lets a job run for 3600"),
+        ("low,short", 61, "partition low,short lets a job run for 60"),
+    ],
+)
+def test_partitions_that_are_not_there_or_let_no_job_run_so_long(
+    name: str | None, time_min: int | None, said: str
+) -> None:
+    with pytest.raises(UserError) as e:
+        check_partition(name, PARTITIONS, time_min=time_min)
+    assert said in str(e.value)
+
+
+def test_partitions_that_do() -> None:
+    for name, time_min in ((None, 60), ("high", 99999), ("low,high", 99999), ("long", 3600), (None, None)):
+        check_partition(name, PARTITIONS, time_min=time_min)
+    check_partition("any", "", time_min=9)  # sinfo is not here, or says nothing
 
 
 def test_what_a_node_has_and_what_cannot_be_asked() -> None:
@@ -53,14 +83,65 @@ def test_what_a_node_has_and_what_cannot_be_asked() -> None:
 
 def test_a_time_limit_must_hold_its_warning_and_the_warning_the_last_save(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
-    check_time(SlurmOptions(time_min=3), folder)
+
+    def asked(**slurm: Any) -> JobSpec:
+        return JobSpec("demo", str(tmp_path), "slurm", code_dir="/c", slurm=SlurmOptions(**slurm))
+
+    check_time(asked(time_min=3), folder)
     with pytest.raises(UserError, match="--time: 120 s are no longer"):
-        check_time(SlurmOptions(time_min=2), folder)
-    check_time(SlurmOptions(time_min=2, signal_delay_s=60), folder)
+        check_time(asked(time_min=2), folder)
+    check_time(asked(time_min=2, signal_delay_s=60), folder)
     folder.write_json("job.json", {"stop_s": 130.4})
     with pytest.raises(UserError, match=r"took 130 s to save .* give 225"):
-        check_time(SlurmOptions(), folder)
-    check_time(SlurmOptions(signal_delay_s=225), folder)
+        check_time(asked(), folder)
+    check_time(asked(signal_delay_s=225), folder)
+    folder.write_json("job.json", {"stop_s": 119.0})
+    with pytest.raises(UserError, match=r"took 119 s to save .* with 30 s to be queued again"):
+        check_time(asked(), folder)
+    folder.write_json("job.json", {"stop_s": 90.0})
+    check_time(asked(), folder)
+
+
+def test_a_save_that_did_not_fit_before_the_limit_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the job is left then that could tell how long it took."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    folder, run = RunFolder(str(tmp_path)), str(tmp_path)
+    options = SlurmOptions(signal_delay_s=90)
+    record_job(folder, JobSpec("demo", run, "slurm", code_dir="/c", slurm=options), job_id="7", signal_delay_s=90)
+
+    def check(delay_s: int) -> None:
+        check_time(JobSpec("demo", run, "slurm", code_dir="/c", slurm=SlurmOptions(signal_delay_s=delay_s)), folder)
+
+    note_asked(run, "SIGTERM")
+    check(90)
+    note_asked(run, "SIGUSR2")
+    with pytest.raises(UserError, match="did not fit into 90 s before the time limit; give 180"):
+        check(90)
+    check(91)
+    decision = tmp_path / "slurm/exits/7.1/decision"
+    decision.write_text("143\n")
+    with pytest.raises(UserError, match="did not fit"):
+        check(90)
+    report_exit(run, 0, 75, stop_requested=True)
+    check(90)
+    report_exit(run, 0, -9, stop_requested=True)
+    with pytest.raises(UserError, match="did not fit"):
+        check(90)
+    decision.write_text("75")
+    check(90)
+    decision.rename(tmp_path / "slurm/exits/decision")
+    with pytest.raises(UserError, match="did not fit"):
+        check(90)
+    later = tmp_path / "slurm/exits/7.2"
+    later.mkdir()
+    (later / "decision").write_text("0")
+    check(90)
+    (later / "decision").unlink()
+    record_job(folder, JobSpec("demo", run, "slurm", code_dir="/c", slurm=options), job_id="8", signal_delay_s=90)
+    check(90)
 
 
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launch.job import JobSpec
+from launch.slurm_job.container import check_mounts
 from launch.slurm_job.options import Container, SlurmOptions, container_of, parse_after
 from launch.slurm_job.script import Job, slurm_executor
 from trainer.config_text import with_overrides
@@ -19,11 +20,14 @@ SRUN = """#!/bin/bash
 echo "srun $*" >> "$CALLS"
 case "$*" in
 *submitit*) exit "$RANKS" ;;
-*launch.slurm_job.task*) [ -n "$DECISION" ] || exit 127; mkdir -p "$RUN/slurm/exits/7.0"; echo "$DECISION" > "$RUN/slurm/exits/7.0/decision"; exit 1 ;;
+*launch.slurm_job.task*) [ -n "$DECISION" ] || exit 127; d="$RUN/slurm/exits/7.${SLURM_RESTART_COUNT:-0}"; mkdir -p "$d"; echo "$DECISION" > "$d/decision"; exit 1 ;;
 esac
 """  # noqa: E501
 SQUEUE = """#!/bin/bash
-echo "${STATE:-RUNNING}"
+case "$*" in
+*RestartCnt*) echo "${RESTARTS:-0}                   " ;;
+*) echo "${STATE:-RUNNING}" ;;
+esac
 """
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$CALLS"
@@ -46,7 +50,7 @@ def run_script(tmp_path: Path, job: Job, **environment: str) -> tuple[int, str, 
         if name != "scontrol" or "NO_SCONTROL" not in environment:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-    for name in ("bash", "cat", "mkdir", "sed"):  # nothing else is on this node: no Python, no scontrol
+    for name in ("bash", "cat", "mkdir", "rm", "sed"):  # nothing else is on this node: no Python, no scontrol
         found = next(Path(place, name) for place in ("/bin", "/usr/bin") if Path(place, name).exists())
         (programs / name).symlink_to(found)
     calls = tmp_path / "calls"
@@ -59,6 +63,33 @@ def run_script(tmp_path: Path, job: Job, **environment: str) -> tuple[int, str, 
         },
     )  # fmt: skip
     return result.returncode, result.stdout + result.stderr, calls.read_text()
+
+
+@pytest.mark.parametrize(("restart", "code", "decides"), [("0", 143, False), ("1", 0, True)])
+def test_what_is_left_of_a_start_on_a_node_that_slurm_gave_up_leaves_the_next_start_alone(
+    tmp_path: Path, restart: str, code: int, decides: bool
+) -> None:
+    found, said, calls = run_script(
+        tmp_path, job_of(tmp_path), RANKS="137", DECISION="75", RESTARTS="1", SLURM_RESTART_COUNT=restart
+    )
+    assert found == code
+    assert ("scontrol requeue 7" in calls) == ("launch.slurm_job.task" in calls) == decides
+    assert ("queued again by SLURM itself" in said) != decides
+
+
+def test_a_start_of_the_same_number_before_it_leaves_it_no_reports(tmp_path: Path) -> None:
+    """A cluster that has lost its state counts its jobs anew."""
+    exits = tmp_path / "r/slurm/exits"
+    for start in ("7.0", "7.1"):
+        (exits / start).mkdir(parents=True)
+        (exits / start / "rank-0.json").touch()
+        (exits / start / "decision").write_text("75")
+    found, said, _ = run_script(
+        tmp_path, job_of(tmp_path), RANKS="9", DECISION="", SLURM_RESTART_COUNT="1", RESTARTS="1"
+    )
+    assert found == 9, said
+    assert not list(exits.glob("7.1/*"))
+    assert len(list(exits.glob("7.0/*"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -83,6 +114,7 @@ def test_the_end_of_a_job_in_a_container(
     assert ("scontrol requeue 7" in calls) == requeued
     end = next(line for line in calls.splitlines() if "launch.slurm_job.task" in line)
     assert "--ntasks=1" in end
+    assert {"--overlap", "--immediate=60"} <= set(end.split()), "a step that cannot be killed holds the cores"
     assert "--container-image=image" in end
     assert end.endswith(f"-m launch.slurm_job.task {tmp_path}/r {tmp_path}/r 8 5 {ranks}")
     if "NO_SCONTROL" in environment:
@@ -147,6 +179,34 @@ def test_a_container_gets_the_run_the_code_and_local_data(tmp_path: Path) -> Non
     mounts = '"$work_dir:$work_dir,$code_dir:$code_dir,/scratch:/tmp,/data/emoji:/data/emoji:ro"'
     assert f'apptainer exec --nv --bind {mounts} --pwd "$code_dir" /images/x.sif env ' in script
     assert "work_dir=/shared/code-work" in script
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mounts", "code_dir", "said"),
+    [
+        ((), (), "/shared/code", None),
+        (("data.cache_dir=/scratch/shards",), (), "/shared/code", None),  # a dataset of the code's own needs no cache
+        (("data.cache_dir=/scratch/shards", "data.datasets.emoji.url=s3://bucket/emoji"), (), "/shared/code",
+         "data.cache_dir: /scratch/shards is not mounted in the container"),
+        (("data.cache_dir=/scratch/shards", "data.datasets.emoji.url=s3://bucket/emoji"), ("/scratch",), "/shared/code", None),
+        (("data.cache_dir=/scratch/shards", "data.datasets.emoji.url=s3://bucket/emoji"), ("/other:/scratch/shards",),
+         "/shared/code", None),
+        (("data.cache_dir=/tmp/shards", "data.datasets.emoji.url=s3://bucket/emoji"), (), "/shared/code", None),
+        (("data.cache_dir=/tmpshards", "data.datasets.emoji.url=s3://bucket/emoji"), (), "/shared/code", "data.cache_dir"),
+        (("data.datasets.emoji.url='/data/two, sets'",), (), "/shared/code", "data.datasets.emoji.url: /data/two, sets cannot"),
+        ((), (), "/shared/a:b", "--code-dir: /shared/a:b cannot be mounted"),
+    ],
+)  # fmt: skip
+def test_what_a_container_would_not_see(
+    overrides: tuple[str, ...], mounts: tuple[str, ...], code_dir: str, said: str | None
+) -> None:
+    config, container = with_overrides(load("demo"), overrides), Container("image", mounts=mounts)
+    if said is None:
+        check_mounts(container, config, code_dir=code_dir, work_dir="/shared/run")
+        return
+    with pytest.raises(UserError) as e:
+        check_mounts(container, config, code_dir=code_dir, work_dir="/shared/run")
+    assert said in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a job's copy of the code holds."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_refuses_links_out_of_the_checkout_and_leaves_nothing(checkout: Path, tm
     with pytest.raises(UserError, match=r"trainer/secrets.py: links out"):
         take(tmp_path / "run/code", root=checkout)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_git_that_hangs_ends_the_submission(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "bin/git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr("launch.snapshot.GIT_S", 0.2)
+    with pytest.raises(UserError, match="git rev-parse gives no answer in 0 s"):
+        take(tmp_path / "copy", root=checkout)
 
 
 def test_knows_what_git_would_leave_out(checkout: Path) -> None:

@@ -6,6 +6,7 @@ The containers' runtimes do not install here: small scripts stand for them, whic
 import json
 import os
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,18 +16,18 @@ from pathlib import Path
 import pytest
 
 from tests import slurm_cluster
-from tests.integration.test_slurm import (
+from tests.slurm_cluster import SlurmCluster
+from tests.slurm_jobs import (
     START_S,
     job_record,
     logs,
+    refused,
     steps_by_attempt,
     submit,
     wait_for_end,
     wait_for_steps,
 )
-from tests.slurm_cluster import SlurmCluster
-
-pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
+from trainer.config import CODE_ROOT
 
 SHORT = (
     "--set", "phases.full_resolution.steps=1", "--set", "phases.perceptual.steps=1", "--set", "checkpoint.every_steps=100",
@@ -118,6 +119,35 @@ def test_an_array_of_runs_each_in_its_folder_in_containers(
     assert calls.count(" -c ") == 1, "the image was looked into before anything was queued"
 
 
+def test_any_command_runs_in_a_container_with_a_copy_of_the_code(
+    plain_cluster: SlurmCluster, fake: Path, tmp_path: Path
+) -> None:
+    cluster = with_path(plain_cluster, fake / "bin", FAKE_LOG=str(tmp_path / "calls"), PYTHONPATH=str(CODE_ROOT))
+    code = "import launch, os; print(launch.__file__, os.getcwd(), os.environ['SLURMD_NODENAME'])"
+
+    def queue(*words: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "launch.cli", "job", "--time", "5", *words, "--", "python", "-c", code]
+        return subprocess.run(
+            command, env=cluster.environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    in_container = ("--container", str(fake / "image"), "--container-runtime", "apptainer", "--exclude", "n1")
+    said = queue("--partition", "nowhere", *in_container)
+    assert said.returncode == 2
+    assert said.stderr == "error: --partition nowhere: not on this cluster, which has high, low\n"
+    assert not (tmp_path / "runs").exists(), "nothing is written for a job that is not taken"
+    said = queue("--name", "where", *in_container)
+    assert said.returncode == 0, said.stderr
+    job_id = said.stdout.split()[1].rstrip(":")
+    log = tmp_path / f"where-{job_id}_0.log"
+    state = cluster.wait_for(job_id, "COMPLETED", "FAILED", "CANCELLED", timeout_s=START_S)
+    assert state == "COMPLETED", log.read_text()
+    (copy,) = (tmp_path / "runs/.code").iterdir()
+    assert copy.name.startswith("where-")
+    assert log.read_text().split() == [f"{copy}/launch/__init__.py", str(tmp_path), "n2"]
+    assert f"--bind {tmp_path}:{tmp_path},{copy}:{copy} --pwd {tmp_path}" in (tmp_path / "calls").read_text()
+
+
 def without_scontrol(tmp_path: Path) -> Path:
     """A folder with links to all programs but one."""
     folder = tmp_path / "programs"
@@ -164,7 +194,7 @@ def test_a_chain_goes_on_where_a_job_is_not_requeued_and_ends_with_the_run(
     jobs = job_record(run_dir)["chain"]
     assert jobs == [str(int(first) + i) for i in range(3)]
     wait_for_steps(cluster, first, run_dir, 3)
-    assert f"in use by SLURM job {first}" in submit(cluster, run_dir, "--nodes", "1", check=False)
+    assert f"in use by SLURM job {first}" in refused(cluster, run_dir, "--nodes", "1")
     assert cluster.state(jobs[1]) == "PENDING"
     cluster.run("scancel", "--signal=TERM", first)
     assert cluster.wait_for(first, "FAILED", "PENDING", "COMPLETED", timeout_s=60) == "FAILED", logs(run_dir)
@@ -189,9 +219,13 @@ def test_what_this_slurm_cannot_do_is_said_before_anything_is_written(
             "--cpus-per-task: 64 cores for 1 rank(s) of a node, and no node of this cluster has more than",
         ),
         (("--time", "2"), "--time: 120 s are no longer than the warning"),
-        (("--partition", "nowhere"), "partition"),
+        (("--partition", "nowhere"), "--partition nowhere: not on this cluster, which has high, low"),
+        (("--partition", "low,nowhere"), "--partition nowhere: not on this cluster"),
+        (("--nodes", "4"), "--nodes 4: this cluster has 2; give fewer"),
+        (("--constraint", "h100"), "sbatch: Invalid feature specification"),
+        (("--time", "2-0"), "--time: 2880 minutes, and partition low lets a job run for 60"),
     ):
-        error = submit(plain_cluster, run_dir, *arguments, check=False)
+        error = refused(plain_cluster, run_dir, *arguments)
         assert error.startswith("error: ")
         assert said in error
         assert not run_dir.exists()

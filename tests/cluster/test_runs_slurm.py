@@ -8,14 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.integration.test_slurm import cluster as cluster  # noqa: PLC0414  a fixture
-from tests.integration.test_slurm import logs, submit, wait_for_steps
 from tests.slurm_cluster import SlurmCluster
+from tests.slurm_jobs import logs, steps_in, submit, wait_for_steps
 from trainer.config import CODE_ROOT
-
-pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
 
 def loupe(cluster: SlurmCluster, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -54,10 +49,10 @@ def test_a_job_is_shown_cancelled_with_a_save_and_resumed(cluster: SlurmCluster,
     said = loupe(cluster, "cancel", str(name))
     assert said.returncode == 0, said.stderr + logs(name)
     assert f"SLURM job {job_id} is RUNNING: asked to save and end" in said.stdout
-    assert "cancelled (after saving)" in said.stdout
+    assert "cancelled, saved at step" in said.stdout
     record = json.loads((name / "job.json").read_text())
     assert (record["ended"]["code"], record["restarts"]) == (143, [])
-    last = [json.loads(line)["step"] for line in (name / "metrics/0000.jsonl").read_text().splitlines()][-1]
+    last = steps_in((name / "metrics/0000.jsonl").read_text().splitlines())[-1]
     assert f"newest checkpoint: step {last};" in said.stdout, "saved at the very step"
     assert cluster.field(job_id, "Restarts") == "0"
     time.sleep(1)
@@ -65,7 +60,7 @@ def test_a_job_is_shown_cancelled_with_a_save_and_resumed(cluster: SlurmCluster,
     assert (runs["first"]["state"], runs["second"]["state"]) == ("cancelled", "cancelled")
 
     printed = loupe(cluster, "logs", str(name)).stdout
-    assert f"slurm  | job {job_id}: cancelled (after saving)" in printed
+    assert f"slurm  | job {job_id}: cancelled, saved at step {last}" in printed
     assert f"rank 0 | stopping at step {last} as asked" in printed
 
     said = loupe(cluster, "resume", str(name), "--time", "30", "--dry-run")
