@@ -1,4 +1,4 @@
-"""Metrics of one rank: exported on /metrics, and on rank 0 written to the run folder and printed.
+"""What one rank measures: means of losses, peak memory, laps.
 
 Values live on the device until they are due: recording a step costs no host synchronisation.
 """
@@ -7,75 +7,21 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
-import prometheus_client
 import torch
 import torch.distributed as dist
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from torch import Tensor
 
-from trainer import metric_names
-from trainer.errors import UserError
-from trainer.metric_names import Metric
-
-_TYPES = {"counter": Counter, "gauge": Gauge, "info": Info}
+NOISE_BINS = 8
+"""Of equal width in diffusion time."""
 
 
-class Exporter:
-    """One registry, holding every metric of `metric_names` and nothing else of ours."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._server: Any = None
-        self._series: dict[str, Any] = {}
-        for metric in metric_names.ALL:
-            if metric.kind == "histogram":
-                series: Any = Histogram(
-                    metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry
-                )
-            else:
-                series = _TYPES[metric.kind](metric.name, metric.help, metric.labels, registry=self.registry)
-            self._series[metric.name] = series
-
-    def of(self, metric: Metric, *labels: str) -> Any:
-        """The prometheus-client object to set, increase or observe."""
-        series = self._series[metric.name]
-        return series.labels(*labels) if metric.labels else series
-
-    def add(self, sums: Mapping[tuple[str, ...], float]) -> None:
-        """What another process has counted: (metric's name, labels' values ...) to what to add; of a gauge, its value."""
-        for (name, *labels), amount in sums.items():
-            series = self._series[name].labels(*labels) if labels else self._series[name]
-            if isinstance(series, Gauge):
-                series.set(amount)
-            else:
-                series.inc(amount)
-
-    def clear(self, metric: Metric) -> None:
-        """Forget a labelled metric's series, so that a phase that is over is no longer shown."""
-        self._series[metric.name].clear()
-
-    def serve(self, address: str, port: int) -> int:
-        """Answer /metrics in a background thread; returns the port, the one chosen where `port` is 0.
-
-        Raises:
-            UserError: the address or port cannot be had.
-        """
-        try:
-            self._server, _ = prometheus_client.start_http_server(port, addr=address, registry=self.registry)
-        except OSError as e:
-            raise UserError(
-                f"metrics.port: cannot listen on {address}:{port} ({e.strerror}); take another, or 0 for any"
-            ) from None
-        return int(self._server.server_port)
-
-    def close(self) -> None:
-        """Stop answering."""
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+def reduce_together(*tensors: Tensor) -> list[Tensor]:
+    """Sums over all ranks, float64, by one collective."""
+    flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class LossMeter:
@@ -94,17 +40,67 @@ class LossMeter:
 
     def take(self) -> dict[str, float]:
         """The means, and start over. A collective: every rank must have recorded the same terms. Waits for the device."""
+        return self.means(*reduce_together(self.totals())) if self._sums else {}
+
+    def totals(self) -> Tensor:
+        """This rank's sums and counts (terms, 2)."""
         if not self._sums:
-            return {}
+            return torch.zeros(0, 2, dtype=torch.float64, device=self._device)
+        return torch.stack([self._sums[name] for name in sorted(self._sums)])
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """From all ranks' `totals`, and start over. Waits for the device."""
         names = sorted(self._sums)
-        totals = torch.stack([self._sums[name] for name in names])
-        dist.all_reduce(totals)
+        self.clear()
+        return {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
+
+    def clear(self) -> None:
         self._sums.clear()
-        return {
-            name: total / count
-            for name, (total, count) in zip(names, totals.tolist(), strict=True)
-            if count
-        }  # fmt: skip
+
+
+class NoiseMeter:
+    """Mean denoising loss of an interval by noise level. Skipped steps are left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(NOISE_BINS, 2, dtype=torch.float64, device=device)
+
+    def add(self, time_B: Tensor, loss_B: Tensor, skip: Tensor) -> None:
+        """`time_B`: in [0, 1], a share of the diffusion's time. All on the device."""
+        bins_B = (time_B * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+        values = torch.stack([loss_B.double(), torch.ones_like(loss_B, dtype=torch.float64)], dim=1)
+        # of a skipped step the loss may be no number, and 0 times such is none either
+        self._sums.index_add_(0, bins_B, torch.where(skip > 0, torch.zeros_like(values), values))
+
+    def totals(self) -> Tensor:
+        """This rank's sums and counts (bins, 2)."""
+        return self._sums
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """From all ranks' `totals`, by bin, and start over; a bin without samples is not there. Waits for the device."""
+        self.clear()
+        return {str(i): total / count for i, (total, count) in enumerate(totals.tolist()) if count}
+
+    def clear(self) -> None:
+        self._sums = torch.zeros_like(self._sums)
+
+
+class OfRanks:
+    """Figures that each rank has one of: what all of them need is the lowest, the mean and the highest."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self._rank, self._size, self._device = rank, size, device
+
+    def totals(self, *figures: float) -> Tensor:
+        """(ranks, figures), zeros but for this rank's row: summed over ranks it is everybody's."""
+        table = torch.zeros(self._size, len(figures), dtype=torch.float64)
+        table[self._rank] = torch.tensor(figures, dtype=torch.float64)
+        return table.to(self._device)
+
+    @staticmethod
+    def statistics(totals: Tensor) -> list[dict[str, float]]:
+        """min, mean and max of each figure, from all ranks' `totals`. Waits for the device."""
+        low, mean, high = totals.amin(0).tolist(), totals.mean(0).tolist(), totals.amax(0).tolist()
+        return [{"min": a, "mean": b, "max": c} for a, b, c in zip(low, mean, high, strict=True)]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,7 +9,6 @@ model are does not show beside, since collectives lie in between them.
 
 import platform
 import statistics
-import time
 from collections.abc import Iterable
 
 import torch
@@ -19,49 +18,37 @@ from trainer import metric_names
 from trainer.config import MetricsConfig
 from trainer.parallel.world import World
 from trainer.reports import Reports
+from trainer.stage_times import Clock, Mark
 
 _LEAST_SHARE = 0.02
 """Of a step, that a straggler costs the others: less is no more than noise on short pieces."""
 
 
 class OwnTime:
-    """Seconds between `open` and `close`, summed. On a GPU of the device's own clock, by events that nobody waits for: where
-    the host is ahead, what it waits for costs nothing, and is not counted."""
+    """Seconds between `open` and `close`, summed, of the device's own clock: where the host is ahead, what it waits for costs
+    nothing, and is not counted."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._opened: float | torch.cuda.Event | None = None
-        self._seconds = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._clock = Clock(device)
+        self._opened: Mark | None = None
+        self._pairs: list[tuple[Mark, Mark]] = []
 
     def open(self) -> None:
         """A piece begins; one that was left open does not count."""
-        self._opened = self._now()
+        self._opened = self._clock.now()
 
     def close(self) -> None:
         """A piece ends, if there is one."""
-        opened, self._opened = self._opened, None
-        if isinstance(opened, float):
-            self._seconds += time.perf_counter() - opened
-        elif opened is not None:
-            event = self._now()
-            assert isinstance(event, torch.cuda.Event)
-            self._pairs.append((opened, event))
+        if self._opened is not None:
+            self._pairs.append((self._opened, self._clock.now()))
+            self._opened = None
 
     def take(self) -> float:
         """The sum, and start over. Waits for the device."""
         if self._pairs:
-            self._pairs[-1][1].synchronize()
-            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1000
-            self._pairs.clear()
-        seconds, self._seconds = self._seconds, 0.0
+            self._clock.await_(self._pairs[-1][1])
+        seconds = sum(self._clock.seconds(begin, end) for begin, end in self._pairs)
+        self._pairs.clear()
         return seconds
 
 

@@ -142,17 +142,18 @@ class Watchdog:
         """The batch is there; are those of the other ranks?"""
         self._set("waiting for the other ranks' data", self._now.limit_s)
 
-    def stepping(self, phase: int, *kind: Hashable) -> None:
-        """Computing a step. The first of its kind in a phase, of its batch's shape, may have to compile."""
-        if not self._config:
-            return
+    def stepping(self, phase: int, *kind: Hashable) -> bool:
+        """Computing a step. Returns whether it is the first of its kind in a phase, of its batch's shape, which may have to
+        compile."""
         if phase != self._phase:
             # steps take another time from now on
             self._seconds.clear()
             self._phase = phase
         self._fresh = (phase, kind) not in self._kinds
         self._kinds.add((phase, kind))
-        self._set("computing a step", self._first_step_s() if self._fresh else self._step_limit_s())
+        if self._config:
+            self._set("computing a step", self._first_step_s() if self._fresh else self._step_limit_s())
+        return self._fresh
 
     def stepped(self, step: int, seconds: float) -> None:
         """A step is done: `step` of them in the run so far, this one in so many seconds."""

@@ -7,7 +7,7 @@ import torch
 
 from trainer import metric_names
 from trainer.errors import UserError
-from trainer.metrics import Exporter
+from trainer.exporter import Exporter
 
 
 def test_every_metric_is_exported_under_its_name_over_http() -> None:
@@ -56,3 +56,25 @@ def test_losses_are_means_over_samples_without_the_skipped_steps() -> None:
     meter.add({"loss": torch.tensor([6.0]), "lpl": torch.tensor([0.5])}, keep)
     assert meter.take() == {"loss": 3.0, "lpl": 0.5}
     assert meter.take() == {}
+
+
+@pytest.mark.usefixtures("alone")
+def test_losses_by_noise_level_are_means_of_their_bins() -> None:
+    from trainer.metrics import NOISE_BINS, NoiseMeter, reduce_together
+
+    meter = NoiseMeter(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    times, losses = torch.rand(2, 300, generator=generator)
+    times[:2] = torch.tensor([0.0, 1.0])
+    times[times < 0.25] = 0.0  # nothing is in the second bin
+    meter.add(times[:100], losses[:100], torch.tensor(0.0))
+    meter.add(times[100:], losses[100:], torch.tensor(0.0))
+    meter.add(torch.tensor([0.5]), torch.tensor([float("nan")]), torch.tensor(1.0))
+    found = meter.means(*reduce_together(meter.totals()))
+    expected: dict[str, float] = {}
+    for i in range(NOISE_BINS):
+        inside = [float(x) for t, x in zip(times, losses, strict=True) if min(int(t * NOISE_BINS), NOISE_BINS - 1) == i]
+        expected |= {str(i): sum(inside) / len(inside)} if inside else {}
+    assert found == pytest.approx(expected)
+    assert "1" not in found
+    assert meter.means(meter.totals()) == {}

@@ -6,7 +6,7 @@ from data.batches import LeftOut
 from data.counts import Counts
 from data.plan import SampleRef
 from trainer import metric_names
-from trainer.metrics import Exporter
+from trainer.exporter import Exporter
 from trainer.progress import Progress
 
 
