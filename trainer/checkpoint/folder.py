@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.errors import UserError
-from trainer.run_folder import make_folder
+from trainer.run_folder import make_folder, modified
 
 COMMIT = "COMMIT"
 MANIFEST = "manifest.json"
@@ -207,12 +207,22 @@ class CheckpointFolder:
                     buffer[start - begin : stop - begin] = np.frombuffer(part, dtype=np.uint8)
         return buffer
 
-    def checksum(self, name: str, size: int) -> str:
-        """xxh64 of an object of `size` bytes, read in pieces."""
+    def committed_at(self, checkpoint: str) -> float | None:
+        """Unix time; None where the storage keeps no times.
+
+        Raises:
+            FileNotFoundError: it is not committed.
+        """
+        return modified(self.fs, self.path(f"{checkpoint}/{COMMIT}"))
+
+    def checksum(self, name: str, size: int, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+        """xxh64 of an object of `size` bytes, read in pieces. `on_bytes`: told the length of each."""
         digest = xxhash.xxh64()
         piece = PART_BYTES * PARTS_AT_ONCE
         for begin in range(0, size, piece):
-            digest.update(self.read(name, begin, min(begin + piece, size)).data)
+            data = self.read(name, begin, min(begin + piece, size)).data
+            digest.update(data)
+            on_bytes(len(data))
         return digest.hexdigest()
 
     # -------------------------------------------------------------------------------------------------- errors

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,8 @@ from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.checkpoint.folder import CheckpointFolder, Entry
 from trainer.checkpoint.host_copy import HostCopy
 from trainer.checkpoint.manifests import read_manifest
+from trainer.checkpoint.opened import verify
+from trainer.checkpoint.outcomes import CheckpointInfo, Restored, Saved
 from trainer.checkpoint.reading import Whole, check_same_tensors, dcp_errors, load, read_index
 from trainer.checkpoint.records import MANIFEST_LIMIT, Index, Manifest, ObjectRecord, commit_for, dump, parse_index
 from trainer.checkpoint.storage import ShardWriter, refuse_all_but_tensors
@@ -34,33 +35,6 @@ log = logging.getLogger(__name__)
 
 Choice = Callable[[Index, str], Mapping[str, torch.Tensor]]
 """Given what a checkpoint holds, and its URL: the tensors to fill, by their names in it."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    path: str
-    """URL of the checkpoint."""
-    step: int
-    time: float
-    """When it was committed, Unix time."""
-
-
-@dataclass(frozen=True)
-class Restored:
-    path: str
-    """URL of the checkpoint."""
-    step: int
-    state: dict[str, Any]
-    """What the caller gave to `save`."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    path: str
-    """URL of the checkpoint."""
-    step: int
-    holds: tuple[str, ...]
-    """Who keeps it from being deleted."""
 
 
 class CheckpointManager:
@@ -75,6 +49,7 @@ class CheckpointManager:
         process_group: must carry CPU objects, as gloo does.
         background_group: another such group, which nobody else uses: saves in the background talk over it.
         explain: says in words how a checkpoint's config digest differs from this run's.
+        may_commit: called on rank 0 before a save and before its COMMIT; raises CheckpointError where it must not be.
     """
 
     def __init__(
@@ -87,6 +62,7 @@ class CheckpointManager:
         process_group: dist.ProcessGroup | None = None,
         background_group: dist.ProcessGroup | None = None,
         explain: Callable[[str], str] | None = None,
+        may_commit: Callable[[], None] = lambda: None,
     ) -> None:
         if keep_last < 2:
             raise UserError(
@@ -94,7 +70,7 @@ class CheckpointManager:
             )
         self.folder = CheckpointFolder(url)
         self._keep_last, self._config_digest, self._code_version = keep_last, config_digest, code_version
-        self._explain = explain
+        self._explain, self._may_commit = explain, may_commit
         self._ranks = Ranks(process_group)
         own_group = background_group if self._ranks.world_size > 1 else process_group  # alone, nobody is in the way
         self._background_ranks = Ranks(own_group) if own_group or self._ranks.world_size == 1 else None
@@ -120,8 +96,10 @@ class CheckpointManager:
             What a save in the background before it raised.
         """
         self.finish()
+        begun = time.monotonic()
         self._ranks.on_all(lambda: _check_given(tensors, state))
-        return self._write(self._ranks, tensors, step, images_seen, state).path
+        self._finished = self._write(self._ranks, tensors, step, images_seen, state, begun)
+        return self._finished.path
 
     def begin_save(
         self, tensors: Mapping[str, torch.Tensor], *, step: int, images_seen: int, state: Mapping[str, Any]
@@ -133,6 +111,7 @@ class CheckpointManager:
             afterwards shows in `failed`, and `finish` raises it.
         """
         self.finish()
+        begun = time.monotonic()
         ranks = self._background_ranks
         assert ranks is not None, "saves in the background need a process group of their own"
 
@@ -141,10 +120,10 @@ class CheckpointManager:
             return self._host_copy.take(tensors), json.loads(json.dumps(dict(state)))
 
         copied_tensors, copied_state = self._ranks.on_all(copy)
-        self._background.start(partial(self._write, ranks, copied_tensors, step, images_seen, copied_state))
+        self._background.start(partial(self._write, ranks, copied_tensors, step, images_seen, copied_state, begun))
 
     def poll(self) -> Saved | None:
-        """The save in the background that was committed since the last call. Neither waits nor raises."""
+        """The newest save, in the background or not, that was committed since the last call. Neither waits nor raises."""
         if not self._background.running and not self.failed:
             self._finished = self._background.collect() or self._finished
         finished, self._finished = self._finished, None
@@ -167,10 +146,18 @@ class CheckpointManager:
         self._background.wait(timeout_s)
 
     def _write(
-        self, ranks: Ranks, tensors: Mapping[str, torch.Tensor], step: int, images_seen: int, state: Mapping[str, Any]
+        self,
+        ranks: Ranks,
+        tensors: Mapping[str, torch.Tensor],
+        step: int,
+        images_seen: int,
+        state: Mapping[str, Any],
+        begun: float,
     ) -> Saved:
+        """`begun`: when the save was, by the monotonic clock."""
         digest = self._config_digest
         assert digest is not None, "a manager without a config's digest only reads"
+        ranks.on_rank_0(self._may_commit)  # again before COMMIT: a save may take long
         checkpoint = ranks.on_rank_0(lambda: self.folder.make(step))
         writer = ShardWriter(self.folder, checkpoint)
         try:
@@ -182,12 +169,14 @@ class CheckpointManager:
                     process_group=ranks.group,
                     no_dist=not ranks.distributed,
                 )
-            ranks.on_rank_0(lambda: self._commit(checkpoint, writer.objects, digest, step, images_seen, state))
+            num_bytes = ranks.on_rank_0(
+                lambda: self._commit(checkpoint, writer.objects, digest, step, images_seen, state)
+            )
         except (UserError, CheckpointError):
             if ranks.rank == 0:
                 retention.remove(self.folder, "what the failed save left", checkpoint)
             raise
-        saved = Saved(self.folder.url_of(checkpoint), step, time.time())
+        saved = Saved(self.folder.url_of(checkpoint), step, time.time(), time.monotonic() - begun, num_bytes)
         if ranks.rank == 0:
             retention.retain(self.folder, checkpoint, self._keep_last)
         return saved
@@ -200,7 +189,8 @@ class CheckpointManager:
         step: int,
         images_seen: int,
         state: Mapping[str, Any],
-    ) -> None:
+    ) -> int:
+        """Returns the size of all objects, in bytes."""
         world_size, version = self._ranks.world_size, self._code_version
         manifest = dump(Manifest(step, images_seen, world_size, digest, version, dict(state), objects))
         if len(manifest) > MANIFEST_LIMIT:
@@ -213,7 +203,10 @@ class CheckpointManager:
                 raise CheckpointError(
                     f"{self.folder.url_of(checkpoint)}/{path}: {sizes.get(path, 'no')} bytes after writing {size}"
                 )
-        self.folder.write(f"{checkpoint}/{names.COMMIT}", commit_for(manifest))
+        self._may_commit()
+        commit = commit_for(manifest)
+        self.folder.write(f"{checkpoint}/{names.COMMIT}", commit)
+        return sum(size for _, size in expected) + len(commit)
 
     # ------------------------------------------------------------------------------------------------- restore
 
@@ -361,12 +354,8 @@ class CheckpointManager:
             UserError: there is no such checkpoint, or it is another config's.
         """
         entry = self._entry(path)
-        manifest = self._manifest(entry)
-        for record in manifest.objects:
-            name = f"{entry.name}/{record.path}"
-            if self.folder.checksum(name, record.bytes) != record.xxh64:
-                raise CorruptCheckpoint(f"{self.folder.url_of(name)}: its checksum does not match the manifest")
-        parse_index(read_index(self.folder, entry, manifest), manifest, f"{path}/{names.INDEX}")
+        self._manifest(entry)
+        verify(self.folder, entry)
 
     def hold(self, path: str, name: str) -> None:
         """Keep a checkpoint from retention, for as long as something called `name` reads it; `release` ends it."""

@@ -84,6 +84,11 @@ class Paradigm(ABC):
         """Training times from uniform numbers in [0, 1); monotone in u, so evenly spread u give evenly spread times."""
 
     @abstractmethod
+    def centre_times(self, num_levels: int) -> Tensor:
+        """The centres of equal parts of the diffusion's time (K,), from little noise to much: fixed noise levels to look at,
+        whatever the training's density."""
+
+    @abstractmethod
     def sampling_times(self, num_steps: int) -> list[int] | list[float]:
         """Times at which a sampler calls the network, from noise to data; the data's own time is not among them.
 
@@ -160,6 +165,10 @@ class DDPM(Paradigm):
         # In float32 the product rounds some u up to the next index.
         return (self.density(u_B.double()) * num_timesteps).long().clamp(0, num_timesteps - 1)
 
+    def centre_times(self, num_levels: int) -> Tensor:
+        centres_K = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
+        return (centres_K * len(self.alphas_cumprod)).long()
+
     def sampling_times(self, num_steps: int) -> list[int]:
         # "Trailing" (Lin et al. 2024, section 3.3): starts at T-1, the only step whose input is (nearly) pure noise.
         num_timesteps = len(self.alphas_cumprod)
@@ -224,6 +233,9 @@ class FlowOT(Paradigm):
     def sample_t(self, u_B: Tensor) -> Tensor:
         t_B = schedules.shift_time(self.density(u_B.double()), self.shift_ratio)
         return t_B.clamp(0.0, 1.0).to(torch.promote_types(u_B.dtype, torch.float32))
+
+    def centre_times(self, num_levels: int) -> Tensor:
+        return (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
 
     def sampling_times(self, num_steps: int) -> list[float]:
         if num_steps < 1:

@@ -59,27 +59,49 @@ class Images:
             return self._dataset.read(index).key
         return self._files[index].relative_to(self._folder).as_posix()
 
+    def data(self, index: int) -> bytes:
+        """The image file.
+
+        Raises:
+            ImageError: it is too large, or cannot be read.
+        """
+        if self._dataset is not None:
+            return self._dataset.read(index).image
+        return read_file(self._files[index])
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Its captions; a folder has none."""
+        return () if self._dataset is None else self._dataset.read(index).texts
+
+    def label(self, index: int) -> int:
+        """Its class; -1 where none is known."""
+        return -1 if self._dataset is None else self._dataset.read(index).label
+
     def pixels(self, index: int, size: int) -> tuple[NDArray[np.uint8], bool]:
         """Square centre crop (size, size, 3), and whether it had to be enlarged.
 
         Raises:
             ImageError: it cannot be used.
         """
-        if self._dataset is not None:
-            data = self._dataset.read(index).image
-        else:
-            try:
-                if self._files[index].stat().st_size > MAX_FILE_BYTES:
-                    raise ImageError("too_large", f"more than {MAX_FILE_BYTES >> 20} MiB")
-                data = self._files[index].read_bytes()
-            except OSError as e:
-                raise ImageError("unreadable", one_line(e)) from None
-        image_HWC = read_image(data, min_side=size)
+        image_HWC = read_image(self.data(index), min_side=size)
         return training_image(image_HWC, size), min(image_HWC.shape[:2]) < size
 
     def numbers(self) -> dict[str, Any]:
         kind = {"kind": "folder"} if self._dataset is None else {"kind": "dataset", "digest": self._dataset.digest}
         return {"url": self.url, **kind, "found": len(self)}
+
+
+def read_file(path: Path) -> bytes:
+    """
+    Raises:
+        ImageError: it is too large, or cannot be read.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ImageError("too_large", f"more than {MAX_FILE_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as e:
+        raise ImageError("unreadable", one_line(e)) from None
 
 
 @dataclass

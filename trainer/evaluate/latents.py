@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.evaluate.metrics.images import psnr_of_error
 from trainer.losses.feature_loss import VARIANCE_EPS
 from trainer.losses.outliers import inlier_mask, kernel_sizes
 from trainer.models.autoencoders import Codec
@@ -351,8 +352,8 @@ class Interpolation:
 
 
 def psnr(mse: Tensor) -> Tensor:
-    """In dB, for images in [-1, 1]; at most 100, which stands for equal."""
-    return (10.0 * torch.log10(DYNAMIC_RANGE**2 / mse.clamp(min=1e-30))).clamp(max=100.0)
+    """In dB, for images in [-1, 1]; at most 100, which stands for equal. Of tensors on the host."""
+    return torch.from_numpy(np.asarray(psnr_of_error(mse.numpy(), DYNAMIC_RANGE)))
 
 
 # ----------------------------------------------------------------------------------------------------------- to draw

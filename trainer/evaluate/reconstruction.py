@@ -16,19 +16,14 @@ from torch import Tensor
 from trainer.config.perceptual import LPIPSNetwork
 from trainer.errors import UserError
 from trainer.evaluate.latents import masked_share, psnr
-from trainer.evaluate.metrics import frechet_distance
+from trainer.evaluate.metrics.frechet import frechet_distance
+from trainer.evaluate.metrics.images import SSIM_WINDOW, Pixels, ssim
 from trainer.losses.outliers import inlier_mask
 from trainer.models.autoencoders import Codec, run_chain
 from trainer.models.efficientnet import EfficientNetLite0
 from trainer.models.lpips import LPIPS, SMALLEST_SIDE
 from trainer.parallel.world import World
 from trainer.tensors import images_to_pixels, pixels_to_images
-
-SSIM_SIGMA = 1.5
-"""Of the Gaussian window, in pixels (Wang et al. 2004)."""
-SSIM_WINDOW = 11
-"""Its side; smaller images have no SSIM."""
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -90,22 +85,6 @@ def of_codec(codec: Codec) -> Reconstruct:
         return Output(images, raw_BCHW, named, codec.code_indices(raw_BCHW), codec.num_codes)
 
     return reconstruct
-
-
-def ssim(a_HWC: Pixels, b_HWC: Pixels) -> float:
-    """Wang et al. 2004, with their Gaussian window; mean over R, G and B."""
-    from skimage.metrics import structural_similarity  # here: it takes its time to import
-
-    value = structural_similarity(
-        a_HWC,
-        b_HWC,
-        channel_axis=2,
-        gaussian_weights=True,
-        sigma=SSIM_SIGMA,
-        use_sample_covariance=False,
-        data_range=255,
-    )
-    return float(value)
 
 
 class Measurement:

@@ -1,6 +1,6 @@
 """Evaluation of an autoencoder while it is trained: all ranks share the images, each measures its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,11 @@ class ReconstructionEvaluation:
         return Judges(lpips, features)
 
     @torch.no_grad()
-    def measure(self) -> Evaluated:
+    def measure(self, go_on: Callable[[], None] = lambda: None) -> Evaluated:
         """With the weights that the module has now. A collective: every rank makes the same number of passes.
+
+        Args:
+            go_on: called before each pass; what it raises, on all ranks or none, ends the evaluation.
 
         Raises:
             UserError: on all ranks, fewer than two images can be read.
@@ -114,6 +117,7 @@ class ReconstructionEvaluation:
         measurement, skipped = Measurement(self._judges, shown=self._shown), []
         stand_in = np.zeros((self._resolution, self._resolution, 3), np.uint8)
         for start in range(0, per_rank, BATCH):
+            go_on()
             chunk, lost = self._read(mine[start : start + BATCH])
             skipped += lost
             pixels = np.stack([pixels for _, pixels in chunk] or [stand_in])

@@ -91,6 +91,9 @@ def test_the_memory_of_one_copy_serves_the_next() -> None:
 def test_a_failure_is_raised_by_whoever_asks_next_and_leaves_nothing(suffix: str, tmp_path: Path) -> None:
     m = manager(tmp_path)
     save(m, 1)
+    told = m.poll()
+    assert told is not None
+    assert told.step == 1, "of a save that was waited for too"
     good, m.folder.fs = m.folder.fs, FailingFileSystem(suffix, 5)
     begin(m, 2)
     m.settle(timeout_s=30)

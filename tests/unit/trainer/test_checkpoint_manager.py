@@ -436,6 +436,28 @@ def steps(m: CheckpointManager) -> list[int]:
     return [info.step for info in m.list()]
 
 
+def test_a_start_that_another_has_followed_commits_nothing(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    starts = [run.start_attempt({}) for _ in range(2)]
+    older, newer = (manager(tmp_path / "checkpoints", may_commit=partial(run.check_newest, start)) for start in starts)
+    save(newer, 3)
+    with pytest.raises(CheckpointError, match="start 1 goes on with this run; start 0, this one, must end"):
+        save(older, 9)
+    assert_restores(newer, 3)
+    assert len(newer.list()) == 1
+
+    def follow_during_the_save() -> None:
+        run.check_newest(1)
+        run.start_attempt({})
+
+    with pytest.raises(CheckpointError, match="start 2 goes on"):
+        save(manager(tmp_path / "checkpoints", may_commit=follow_during_the_save), 9)
+    assert_restores(newer, 3)
+    newer = manager(tmp_path / "checkpoints", may_commit=partial(run.check_newest, 2))
+    save(newer, 6)
+    assert_restores(newer, 6)
+
+
 def test_retention_keeps_the_newest_and_what_is_held(tmp_path: Path) -> None:
     m = manager(tmp_path)
     for step in (1, 2):

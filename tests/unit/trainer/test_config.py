@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from tests.tiny import tiny
 from trainer.config import (
     ByteTextConfig,
     DecodedRGBConfig,
@@ -233,3 +234,13 @@ def test_a_kind_that_lacks_something_says_what(settings, message) -> None:
     with pytest.raises(UserError, match=message) as e:
         with_overrides(load("demo"), settings)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("url", ["s3://AKIA:hunter2@minio:9000/photos", "https://token@host/x", "s3://k:hun/ter2@host/b",
+                                 "https://host/x?X-Amz-Signature=1"])  # fmt: skip
+def test_a_url_with_a_password_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match="url") as e:
+        tiny(f"data.datasets.emoji.url={url}")
+    assert "environment" in str(e.value)
+    assert "hunter2" not in str(e.value)
+    assert "ter2@" not in str(e.value)

@@ -1,8 +1,8 @@
 """What a run says of an evaluation: a gauge, a line, a record that readers of losses pass over."""
 
 from launch.console import MetricsTail, losses
+from trainer.exporter import Exporter
 from trainer.metric_names import shown_in_lines
-from trainer.metrics import Exporter
 from trainer.parallel.world import World
 from trainer.reports import Reports
 from trainer.run_folder import RunFolder

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.images import read_image
 from data.reader import open_dataset
 from data.transforms import training_image
-from launch.cli import export
+from launch.commands.export import export
 from tests.distributed.test_elastic import train
 from tests.perceptual import make_context
 from tests.stage1 import ASYMMETRIC, GRADIENT, stage1
@@ -24,8 +24,9 @@ from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import CODE_ROOT, LPLConfig, RunConfig
 from trainer.config_text import to_yaml, with_overrides
 from trainer.errors import ExitCode, UserError
-from trainer.export import export_autoencoder, usage
-from trainer.export_check import difference_to_diffusers
+from trainer.export.autoencoder import export_autoencoder
+from trainer.export.autoencoder_check import difference_to_diffusers
+from trainer.export.run import usage
 from trainer.losses.estimators import LightDecoder
 from trainer.losses.lpl import build_lpl
 from trainer.models.autoencoders import Codec, load_codec
@@ -329,11 +330,11 @@ def test_folders_that_are_no_run_or_no_export(tmp_path: Path) -> None:
         export_autoencoder(str(run), str(tmp_path / "mine"))
     for name in ("config.json", "notes.txt"):  # another model's folder, as others keep it
         (tmp_path / "mine" / name).write_text("{}")
-    with pytest.raises(UserError, match=r"holds notes\.txt, which no export writes and replacing it would lose"):
+    with pytest.raises(UserError, match=r"holds config\.json, which no export writes and replacing it would lose"):
         export_autoencoder(str(run), str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "notes.txt").exists()
-    with pytest.raises(UserError, match="s3://bucket/x: exports are written to a folder of this machine"):
-        export_autoencoder(str(run), "s3://bucket/x")
+    with pytest.raises(UserError, match="nowhere://bucket/x: cannot be written to"):
+        export_autoencoder(str(run), "nowhere://bucket/x")
     (run / "config.yaml").write_text(to_yaml(stage1(GRADIENT, FEW)))
     with pytest.raises(
         UserError, match=r"(is not there|has shape .*), the run's config has it of .*; export with the code"

@@ -1,7 +1,7 @@
 """The latent diffusion task: what is drawn follows the stream, noise levels weigh as the config says, and a prompt's
 picture follows its place in the list alone."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from trainer.config import RunConfig
 from trainer.models.text_encoders import TokenInput
 from trainer.parallel.world import World
 from trainer.rng import spread_uniform, uniform
+from trainer.sampling.settings import SampleSettings
 from trainer.step_plan import StepPlanner
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 
@@ -90,12 +91,14 @@ def test_a_prompts_picture_depends_on_neither_batch_nor_order_of_work(alone: Wor
     generator = torch.Generator().manual_seed(0)
     for parameter in task.module.parameters():  # a fresh model predicts zeros
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    settings: dict[str, Any] = {"resolution": 64, "sampler": "euler", "num_steps": 3, "guidance_scale": 2.0, "seed": 1}
+    settings = SampleSettings("euler", 3, guidance=2.0, seed=1, resolution=64)
     prompts = ["dog", "cat", "pencil"]
-    together = task.sample_latents(prompts, 0, **settings)
-    single = [task.sample_latents([prompt], i, **settings) for i, prompt in enumerate(prompts)]
+    together = task.sample_latents(prompts, 0, settings)
+    single = [task.sample_latents([prompt], i, settings) for i, prompt in enumerate(prompts)]
     torch.testing.assert_close(torch.cat(single), together, atol=1e-4, rtol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.1
-    unguided = task.sample_latents(prompts, 0, **{**settings, "guidance_scale": 1.0})
+    unguided = task.sample_latents(prompts, 0, replace(settings, guidance=1.0))
     assert (unguided - together).abs().max() > 1e-3
+    seldom = task.sample_latents(prompts, 0, replace(settings, guidance_interval=(0.5, 0.9)))
+    assert 1e-3 < (unguided - seldom).abs().max() < (unguided - together).abs().max()
     assert task.decode(together).shape == (3, 3, 64, 64)

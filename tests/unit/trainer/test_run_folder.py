@@ -1,5 +1,6 @@
 """The run folder: whose it is, attempts, and metrics over restarts."""
 
+import errno
 import json
 import os
 
@@ -31,6 +32,29 @@ def test_unwritable_folder_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         RunFolder(str(tmp_path / "file" / "run")).claim(load("demo"))
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EIO, errno.ETIMEDOUT])
+def test_a_bad_moment_of_storage_is_no_mistake_of_the_user(folder: RunFolder, monkeypatch, code: int) -> None:
+    """s3fs gives EBUSY for a 503: a start that meets it is a crash, which is tried again."""
+
+    def fail(path: str, data: bytes) -> None:
+        raise OSError(code, "Please reduce your request rate")
+
+    monkeypatch.setattr(folder.fs, "pipe_file", fail)
+    with pytest.raises(OSError, match="reduce") as e:
+        folder.claim(load("demo"))
+    assert not isinstance(e.value, UserError)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_no_room_and_no_permission_are_for_a_person(folder: RunFolder, monkeypatch, code: int) -> None:
+    def fail(path: str, data: bytes) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folder.fs, "pipe_file", fail)
+    with pytest.raises(UserError, match="cannot be written"):
+        folder.claim(load("demo"))
 
 
 def test_a_later_attempt_overrides_the_steps_it_repeats(folder: RunFolder) -> None:

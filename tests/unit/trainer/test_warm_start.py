@@ -288,9 +288,53 @@ def tiny_autoencoder() -> Any:
     return KLModelConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
 
 
-def test_a_pipeline_folder_is_told_to_be_one(tmp_path: Path, alone: World) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    assert f"{tmp_path}/transformer" in refused(build(MMDIT), alone, tmp_path)
+def test_a_whole_pipeline_gives_its_denoiser(sd3: Path, tmp_path: Path, source: TextToImage, alone: World) -> None:
+    """In files with an index, as diffusers writes what is large."""
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text("{}")
+    assert "a pipeline without safetensors in transformer or unet" in refused(build(MMDIT), alone, pipeline)
+    sd3.rename(pipeline / "transformer")
+    module = build(MMDIT)
+    report, _ = start(module, alone, pipeline, include=("denoiser.*",))
+    assert_weights(module.denoiser, source.denoiser)
+    assert report.missing == report.unused == ()
+
+
+def test_sd3_weights_of_another_depth_are_reported_with_strict_off(
+    sd3: Path, source: TextToImage, alone: World
+) -> None:
+    deeper = build(MMDIT.replace("num_blocks: 1", "num_blocks: 2"))
+    assert "num_blocks 1, this model has num_blocks 2" in refused(deeper, alone, sd3)
+    fresh = {name: tensor.clone() for name, tensor in deeper.state_dict().items()}
+    report, _ = start(deeper, alone, sd3, strict=False, include=("denoiser.*",))
+    assert {name for name in report.missing if not name.startswith("denoiser.blocks.")} == set()
+    assert any(name.startswith("denoiser.blocks.1.image.") for name in report.missing)
+    # the only block there ends the text, and so has less of it
+    assert "denoiser.blocks.0.text.modulation.weight" in {m.name for m in report.mismatched}
+    wanted, now = source.state_dict(), deeper.state_dict()
+    assert "denoiser.blocks.0.image.qkv.proj.weight" in report.loaded
+    for name, tensor in now.items():
+        assert torch.equal(tensor, wanted[name] if name in report.loaded else fresh[name]), name
+
+
+def test_a_folder_of_model_safetensors(tmp_path: Path, source: TextToImage, alone: World) -> None:
+    """As `loupe export --format safetensors` writes it, whole or in parts."""
+    state = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    module = build(MMDIT)
+    start(module, alone, tmp_path)
+    assert_weights(module, source)
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(state)
+    half: dict[str, str] = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in part}, tmp_path / f"model-{i}.safetensors")
+        half |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": half}))
+    module = build(MMDIT)
+    start(module, alone, tmp_path)
+    assert_weights(module, source)
 
 
 def test_damaged_folders_name_the_file(sd3: Path, alone: World) -> None:

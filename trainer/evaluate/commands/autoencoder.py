@@ -1,4 +1,4 @@
-"""`loupe evaluate`: how good a trained network is."""
+"""`loupe evaluate autoencoder`."""
 
 from typing import get_args
 
@@ -7,12 +7,7 @@ import click
 from trainer.config.perceptual import LPIPSNetwork
 
 
-@click.group("evaluate")
-def cli() -> None:
-    """Measure trained networks."""
-
-
-@cli.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("codec")
 @click.argument("images")
 @click.option("--out", required=True, metavar="FOLDER", help="For evaluation.json and reconstructions.png.")

@@ -1,0 +1,276 @@
+"""`loupe evaluate images`: a set of generated images against a set of real ones."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.evaluate import codec_report
+from trainer.evaluate.features.networks import LoadedNetwork
+from trainer.evaluate.features.preprocess import RESIZES, Resize
+from trainer.evaluate.image_measures import CLIP_S, DEFAULT, METRICS, OF_CLIP, OF_NETWORKS, Comparison, Figure
+from trainer.evaluate.image_pictures import nearest_rows, neighbours_grid, spectrum_plot
+from trainer.evaluate.image_sets import ImageSet, Selection
+from trainer.evaluate.judged_sets import DECODERS, Judged, Judging, described
+from trainer.evaluate.judges import Judge, NetworkJudge, PixelJudge, PromptJudge
+
+FORMAT = 1
+NUMBERS, SPECTRUM, NEAREST = "evaluation.json", "spectrum.png", "nearest.png"
+FILES = (NUMBERS, SPECTRUM, NEAREST)
+ROWS_FOLDER = "rows"
+"""Of the generated images, below --out: other metrics of the same images do not need the networks again."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """They go into the report, so the same settings repeat it."""
+
+    size: int
+    """Side at which all images are compared, in pixels."""
+    resize: Resize = "training"
+    metrics: tuple[str, ...] = ()
+    """Absent: all that can be had."""
+    count: int | None = None
+    """Generated images; absent: all."""
+    reference_count: int | None = None
+    """Real images; absent: all."""
+    seed: int = 0
+    """Chooses images where not all are taken, and draws resamples."""
+    batch_size: int = 32
+    resamples: int = 1000
+    allow_few: bool = False
+
+    def chosen(self, networks: Sequence[str], *, has_prompts: bool) -> tuple[str, ...]:
+        """The metrics that are computed.
+
+        Raises:
+            UserError: one cannot be had.
+        """
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise UserError(f"--metrics: {unknown[0]} is none; take {', '.join(METRICS)}")
+        lacking: dict[str, str] = {}
+        if not networks:
+            lacking |= dict.fromkeys(OF_NETWORKS, "a --network")
+        if "clip" not in networks:
+            lacking |= dict.fromkeys(OF_CLIP, "--network clip=FOLDER")
+        elif not has_prompts:
+            lacking["clip_score"] = "prompts, as a folder of `loupe sample` has them"
+        for name in self.metrics:
+            if name in lacking:
+                raise UserError(f"--metrics: {name} needs {lacking[name]}")
+        return self.metrics or tuple(name for name in DEFAULT if name not in lacking)
+
+
+@dataclass
+class Evaluation:
+    numbers: dict[str, Any]
+    draw: Callable[[], dict[str, bytes]]
+
+    @cached_property
+    def pictures(self) -> dict[str, bytes]:
+        """File name to PNG."""
+        return self.draw()
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        found: dict[str, Figure] = self.numbers["figures"]
+        return found
+
+
+def evaluate_images(
+    generated: ImageSet,
+    real: ImageSet,
+    settings: Settings,
+    networks: Sequence[LoadedNetwork],
+    judging: Judging,
+    *,
+    out: Path,
+    cache: Path,
+    more: Mapping[str, Any] | None = None,
+) -> Evaluation | None:
+    """On rank 0; None on others, which only share the images.
+
+    Args:
+        cache: of the rows of real images, for all evaluations.
+        more: into the numbers.
+
+    Raises:
+        UserError: too few images for a metric, features that are not finite, or images that cannot be read.
+        Stopped: on all ranks.
+    """
+    names = [network.name for network in networks]
+    metrics = settings.chosen(names, has_prompts=generated.prompt(0) is not None)
+    started = time.monotonic()
+    selections = (
+        Selection(generated, settings.size, settings.resize, settings.count, settings.seed),
+        Selection(real, settings.size, settings.resize, settings.reference_count, settings.seed),
+    )
+    common: list[Judge] = [PixelJudge(), *map(NetworkJudge, networks)]
+    prompts = [PromptJudge(network) for network in networks if network.name == "clip" and "clip_score" in metrics]
+    of_real = judging.judged(selections[1], common, cache, "real")
+    of_generated = judging.judged(selections[0], [*common, *prompts], out / ROWS_FOLDER, "generated")
+    judged_s = time.monotonic() - started
+
+    def measured() -> Evaluation:
+        done = [0]
+
+        def advance(what: str) -> None:
+            judging.progress(f"computing {what}", done[0], done[0] + 1)
+            done[0] += 1
+
+        comparison = Comparison(
+            of_generated, of_real, names, settings.resamples, settings.seed, settings.allow_few, advance
+        )
+        figures = comparison.figures(metrics)
+        sets = {
+            "generated": described(generated, selections[0], of_generated["pixels"]),
+            "real": described(real, selections[1], of_real["pixels"]),
+        }
+        numbers = {
+            "format": FORMAT,
+            "kind": "images",
+            "figures": figures,
+            **sets,
+            "networks": [
+                {**network.numbers(), "weights": network.weights.url if network.weights else None}
+                for network in networks
+            ],
+            "settings": asdict(settings),
+            "definition": definition(sets, networks, metrics),
+            "warnings": warnings_of(sets, settings, figures),
+            "reference": {
+                name: {"folder": str(j.folder), "was_there": j.was_there, "made": j.provenance["made"]}
+                for name, j in of_real.items()
+            },
+            "seconds": {"judging": round(judged_s, 1), "in_all": round(time.monotonic() - started, 1)},
+            "ranks": judging.ranks.world_size,
+            **provenance_of(judging),
+            **(more or {}),
+            "meaning": meaning(figures, settings),
+        }
+        return Evaluation(finite(numbers), lambda: pictures_of(of_generated, of_real, selections, names))
+
+    # on one rank alone: the others leave, and wait for nothing
+    return measured() if judging.ranks.rank == 0 else None
+
+
+def definition(sets: Mapping[str, Any], networks: Sequence[LoadedNetwork], metrics: Sequence[str]) -> str:
+    """A digest of all that decides figures but the generated images: two models are compared by figures of one definition,
+    and of as many images."""
+    # of the real ones: their content, size and resize
+    decides = {
+        "real": sets["real"]["identity"],
+        "count": sets["generated"]["used"],
+        "networks": [network.numbers() for network in networks],
+        "metrics": {name: METRICS[name] for name in sorted(metrics)},
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def provenance_of(judging: Judging) -> dict[str, Any]:
+    found = codec_report.provenance(judging.device)
+    names = (*DECODERS, "transformers", "safetensors", "scipy")
+    return {**found, "versions": {**found["versions"], **{name: version(name) for name in names}}}
+
+
+def warnings_of(sets: Mapping[str, Any], settings: Settings, figures: Mapping[str, Figure]) -> list[str]:
+    """What makes figures doubtful."""
+    found = []
+    generated, real = sets["generated"], sets["real"]
+    used = generated["used"]
+    if lossy := generated["formats"]["jpeg"]:
+        found.append(f"{lossy} of {used} generated images are JPEG, which moves FID by itself; write PNG")
+    for name, one in sets.items():
+        if one["num_sizes"] > 1:
+            common = ", ".join(f"{size} ({n})" for size, n in list(one["sizes"].items())[:3])
+            found.append(
+                f"{name} images have {one['num_sizes']} sizes ({common}); all are compared at {settings.size} px"
+            )
+        if one["enlarged"]:
+            found.append(f"{one['enlarged']} of {one['used']} {name} images were enlarged to {settings.size} px")
+        if one["skipped"]["count"]:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in one["skipped"]["reasons"].items())
+            found.append(f"{one['skipped']['count']} {name} images cannot be read ({reasons}); others took their place, as far "
+                         "as there are")  # fmt: skip
+        if one["flat"]:
+            found.append(f"{one['flat']} of {one['used']} {name} images are of one colour")
+    if generated["grey"] / used > real["grey"] / real["used"] + 0.02:
+        found.append(
+            f"{generated['grey']} of {used} generated images are grey, and {real['grey']} of {real['used']} real ones"
+        )
+    if any(generated["identity"].get(kind) == real["identity"].get(kind, "") for kind in ("files", "dataset")):
+        found.append("both sets are the same images")
+    cut = figures.get("clip_score", {}).get("prompts_cut", 0)
+    if cut:
+        found.append(f"{cut} of {used} prompts are longer than CLIP takes, and are cut")
+    for name, figure in figures.items():
+        if figure.get("bias", 0.0) > 0.1 * abs(figure["value"]):
+            found.append(f"{name}: about {figure['bias']:.3g} of {figure['value']:.4g} is the bias of so few images; compare "
+                         "equal counts alone")  # fmt: skip
+    return found
+
+
+def meaning(figures: Mapping[str, Figure], settings: Settings) -> dict[str, str]:
+    used = {figure["metric"] for figure in figures.values()}
+    return {
+        "figures": "by name; those of networks other than FID's Inception have its name behind: fd_dinov2, kd_dinov2, ...",
+        **{name: text for name, text in {**METRICS, "clip_s": CLIP_S}.items() if name in used},
+        "interval": "over other draws of as many images; the bias of the count is not in it",
+        "bias": "what the distance of as many images of one and the same distribution would be, to first order",
+        "resize": RESIZES[settings.resize],
+        "definition": "equal for figures that may be compared",
+    }
+
+
+def finite(value: Any) -> Any:
+    """Fit for JSON, with all digits: null for what is not finite."""
+    match value:
+        case Mapping():
+            return {str(key): finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case bool() | int() | str() | None:
+            return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def pictures_of(
+    generated: Mapping[str, Judged], real: Mapping[str, Judged], selections: tuple[Selection, Selection],
+    networks: Sequence[str],
+) -> dict[str, bytes]:  # fmt: skip
+    pictures = {
+        SPECTRUM: spectrum_plot(generated["pixels"].rows["power"], real["pixels"].rows["power"], name="generated")
+    }
+    if networks:
+        made, truth = generated[networks[0]], real[networks[0]]
+        rows, nearest = nearest_rows(made.features, truth.features)
+
+        def pixels(which: int, judged: Judged, row: int) -> Any:
+            chosen = selections[which]
+            return chosen.images.picture(int(judged.rows["index"][row]), chosen.size, chosen.resize).pixels_HWC
+
+        shown = [
+            (pixels(0, made, row), [pixels(1, truth, near) for near in nearest[i].tolist()])
+            for i, row in enumerate(rows.tolist())
+        ]
+        pictures[NEAREST] = neighbours_grid(shown, network=networks[0])
+    return pictures
+
+
+def claim(out: str, *, overwrite: bool, dry_run: bool = False) -> Path:
+    """`codec_report.claim` of an evaluation. Pictures without numbers are of one that was killed: it goes on."""
+    return codec_report.claim(out, (NUMBERS,), overwrite=overwrite, dry_run=dry_run)
+
+
+def write(folder: Path, found: Evaluation) -> None:
+    """`codec_report.write` of an evaluation."""
+    codec_report.write(folder, NUMBERS, found.numbers, found.pictures, FILES)
