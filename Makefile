@@ -8,8 +8,8 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-slow test-long test-cluster test-gpu \
-        image image-base image-test
+.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-slow test-long \
+        test-cluster test-ops test-gpu watch dashboards image image-base image-test export-check
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -18,7 +18,7 @@ setup: $(VENV)/.done ## build .venv with the pinned packages
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,s3,kubernetes]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,gallery,s3,kubernetes,tensorboard,wandb]'
 	@# its own pins cannot be met beside diffusers; what it imports is among our dependencies (see pyproject.toml)
 	$(PY) -m pip install --quiet --no-deps -c constraints.txt mosaicml-streaming
 	touch $@
@@ -26,10 +26,16 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup ## the main job on embedded defaults: train, be preempted, resume, sample (under 10 minutes on two cores)
 	$(PY) launch/slurm.py demo --cluster local --gpus-per-node 2 --cpu --run-dir runs/demo --fresh --rehearse-preemption 300
 
+watch: setup ## Prometheus and Alertmanager on this machine beside the runs in runs/ (needs Debian's two)
+	$(PY) -m ops.watch
+
+dashboards: setup ## write ops/dashboards/*.json anew from their code
+	$(PY) -m ops.dashboards
+
 photos: setup ## the demo's model on a folder of captioned photos: make photos PHOTOS=FOLDER
 	@test -n "$(PHOTOS)" || { echo 'say which: make photos PHOTOS=FOLDER'; exit 2; }
 	$(BIN)/loupe data build $(PHOTOS) runs/photos-data --overwrite
-	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --cpu --fresh
+	$(PY) launch/slurm.py photos --cluster local --gpus-per-node 2 --cpu
 
 data-chain: setup ## raw tars to 50 training steps from an S3 server: make data-chain PHOTOS=FOLDER FACES=yunet.onnx CAPTIONER=FOLDER
 	@test -n "$(PHOTOS)" -a -n "$(FACES)" -a -n "$(CAPTIONER)" || { echo 'say PHOTOS=FOLDER FACES=FILE CAPTIONER=FOLDER'; exit 2; }
@@ -50,10 +56,13 @@ demo-autoencoder: setup ## train the shipped autoencoder again and put it in its
 	  --set init_from.url=runs/demo_autoencoder_begun $(if $(LPIPS),--set task.lpips.url=$(LPIPS))
 	$(BIN)/loupe export runs/demo_autoencoder trainer/assets/demo_autoencoder
 
+export-check: setup ## export runs/demo, draw it in a new environment with torch and diffusers alone, compare (RUN=FOLDER: another run)
+	$(PY) tests/check_export.py $(or $(RUN),runs/demo)
+
 test: setup ## all tests (under 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (six minutes on two cores; CI runs it too)
+test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (a quarter of an hour on two cores; CI runs it too)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile
 
 test-long: setup ## experiments and the data chain from end to end, killed workers on S3 (a quarter of an hour on two cores)
@@ -61,6 +70,9 @@ test-long: setup ## experiments and the data chain from end to end, killed worke
 
 test-cluster: setup ## jobs on a real SLURM with two nodes, and what pods run (needs SLURM's daemons)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m cluster
+
+test-ops: setup ## alerts by their real causes, on a real Prometheus and Alertmanager
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow_ops
 
 test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width
 	$(PY) -m pytest -m gpu
@@ -94,5 +106,5 @@ lock: setup ## renew constraints.txt from pyproject.toml, with uv (`pip install 
 	    --no-emit-find-links --no-annotate --no-header | sed 's/+cpu$$//'; } > constraints.new
 	mv constraints.new constraints.txt
 
-clean: ## remove .venv, caches and runs
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove .venv and caches; runs/ stays, it may hold days of training
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

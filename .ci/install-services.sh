@@ -1,11 +1,12 @@
 #!/bin/bash
-# Installs the services that the tests use for real: SLURM with munge. Debian and Ubuntu, as root.
+# Installs the services that the tests use for real: SLURM with munge, Prometheus, Alertmanager, Chromium. Debian and Ubuntu, as root.
 # Quick when all is there; where it cannot install, it says so and leaves those tests to be skipped (failed with CI=true).
 set -euo pipefail
 
 PATH="$PATH:/usr/sbin:/sbin"
 packages=()
-for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge; do
+for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge \
+  prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium; do
   command -v "${pair%%:*}" > /dev/null || packages+=("${pair##*:}")
 done
 if [ ${#packages[@]} -eq 0 ]; then

@@ -10,14 +10,29 @@ from launch.lazy_group import LazyGroup
 
 SUBCOMMANDS = {
     "submit": ("launch.slurm:main", "Train a recipe: on SLURM or on this machine."),
+    "k8s": ("launch.k8s:main", "Train a recipe on Kubernetes."),
     "job": ("launch.slurm_job.command:job", "Queue any command on SLURM, such as an evaluation."),
     "recipes": ("launch.cli:recipes", "The runs that are there to start from."),
     "runs": ("launch.cli:runs", "A table of runs; show, logs, cancel, resume, export one."),
     "data": ("data.cli:cli", "Build and inspect datasets."),
     "doctor": ("launch.doctor.command:doctor", "Whether this machine and its storage are fit to train on."),
+    "discovery": (
+        "launch.discovery.command:discovery",
+        "How Prometheus finds runs: a server, scrape configs, stale files.",
+    ),
+    "sample": ("launch.commands.sample:sample", "Draw pictures with a trained model."),
+    "gallery": ("launch.commands.gallery:gallery", "A page that draws with one or two runs, also while they train."),
     "analyze": ("trainer.evaluate.analyze:cli", "Look into autoencoders: latents, decoder maps, gate."),
-    "evaluate": ("trainer.evaluate.commands:cli", "Measure what an autoencoder gives back: PSNR, SSIM, LPIPS, ..."),
-    "export": ("launch.cli:export", "Write a trained autoencoder, or latent network, as a folder that recipes load."),
+    "evaluate": (
+        "trainer.evaluate.commands:cli",
+        "Measure a model's pictures (FID, ...), or what an autoencoder gives back.",
+    ),
+    "export": (
+        "launch.commands.export:export",
+        "Write a trained model as a diffusers pipeline or safetensors, or an autoencoder that recipes load.",
+    ),
+    "checkpoint": ("launch.commands.checkpoint:checkpoint", "List, verify, convert, compare and delete checkpoints."),
+    "ema": ("launch.commands.ema:ema", "Averages of other widths, made after the training."),
     "experiment": (
         "launch.experiments.command:experiment",
         "Small experiments with a report, on a machine without a GPU.",
@@ -53,7 +68,14 @@ def recipes(ctx: click.Context) -> None:
 @click.argument("name")
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Change a field. Repeatable.")
 def show_recipe(name: str, overrides: tuple[str, ...]) -> None:
-    """Print the whole config of NAME, a recipe or a config.yaml, as YAML."""
+    """Print the whole config of NAME, a recipe or a config.yaml, as YAML.
+
+    \b
+    Examples:
+      loupe recipes show demo
+      loupe recipes show demo --set phases.0.batch_size=64 > mine.yaml
+      loupe recipes show runs/demo/config.yaml
+    """
     from launch.job import load_config
     from trainer.config_text import to_yaml
 
@@ -68,9 +90,10 @@ RUNS = {
     "show": ("launch.runs.show:show_run", "One run: progress, restarts, checkpoints, where things are."),
     "watch": ("launch.runs.watch:watch_run", "Follow a run's progress until it ends."),
     "logs": ("launch.runs.logs:logs", "What all ranks have said, followed."),
+    "report": ("launch.report.command:report", "One HTML file about a run, also live; or several side by side."),
     "cancel": ("launch.runs.cancel:cancel", "Save and end, without coming back; or end at once."),
     "resume": ("launch.runs.resume:resume", "Submit again, as it was submitted."),
-    "export": ("launch.cli:export", "Write what it has trained as a folder; as `loupe export`."),
+    "export": ("launch.commands.export:export", "Write what it has trained as a folder; as `loupe export`."),
 }
 
 
@@ -94,59 +117,29 @@ def runs() -> None:
       loupe runs --root s3://bucket/runs --all
       loupe runs show demo
       loupe runs logs demo --follow
+      loupe runs report demo --open
       loupe runs cancel demo
       loupe runs resume demo --nodes 4
       loupe runs export runs/my-autoencoder models/mine
     """
 
 
-# --------------------------------------------------------------------------------------------------------------- export
-
-
-@click.command(context_settings={"show_default": True})
-@click.argument("run")
-@click.argument("out")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the written weights.")
-@click.option(
-    "--scale-of",
-    metavar="URL",
-    show_default=False,
-    help="An autoencoder whose scale and shift to write, where OUT shares its latents; else the run's own data give them, or, "
-    "where the decoder alone was trained, the autoencoder that it began with.",
-)
-def export(run: str, out: str, dtype: str, scale_of: str | None) -> None:
-    """Write what RUN has trained, averaged, to folder OUT.
-
-    Of an autoencoder, with the scale and shift of its latents: OUT can then be a recipe's `task.codec.url`, and diffusers'
-    `AutoencoderKL`, `AsymmetricAutoencoderKL` or `VQModel` loads it with `from_pretrained`. That is done here, too: where its
-    outputs are not those of what was trained, nothing is written. `psnr_db` is on images of the run's own data, `difference`
-    the largest between diffusers' outputs and the trained module's; OUT/latents.json has mean and deviation of each channel.
-
-    Of a latent network: OUT can then be a recipe's `task.perceptual.url`.
-
-    \b
-    Examples:
-      loupe export runs/my-autoencoder exports/my-autoencoder
-      loupe export runs/my-autoencoder exports/my-autoencoder-fp32 --dtype float32
-      loupe export runs/light-decoder exports/light-decoder --scale-of models/sd-vae
-    """
-    import torch
-
-    from trainer.export import export_run, usage
-
-    measured = export_run(run, out, dtype=getattr(torch, dtype), scale_of=scale_of)
-    click.echo(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
-    for line in usage(run, out):
-        click.echo(line)
-
-
 # ---------------------------------------------------------------------------------------------------------------- train
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="--config FILE --run-dir PATH|URL")
 def train(arguments: tuple[str, ...]) -> int:
-    """One rank: `python -m trainer.train`, with the same arguments."""
+    """Run one rank of a training in this process, as torchrun or a scheduler of yours starts it: rank and world size come
+    from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them it is the only rank.
+
+    It saves and ends with 75 upon SIGTERM, and is not started again by itself: `loupe submit` does that.
+
+    \b
+    Examples:
+      loupe train --config config.yaml --run-dir runs/first
+      torchrun --nproc-per-node 8 -m launch.cli train --config config.yaml --run-dir s3://bucket/runs/first
+    """
     from trainer.train import main as train_main
 
     return train_main(list(arguments))

@@ -1,6 +1,7 @@
 """What all tests share: the folder beside the checkout, and what happens where a thing they need is missing."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests import slurm_cluster
 
 SHARED = Path(__file__).parents[2] / "shared"
+_OPS_PROGRAMS = ("prometheus", "promtool", "prometheus-alertmanager", "amtool", "chromium")
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,11 @@ def _missing(item: pytest.Item) -> str | None:
         return "../shared is not beside the checkout"
     if item.get_closest_marker("slurm") and not slurm_cluster.installed():
         return "SLURM's daemons are not installed, or this is not root; .ci/install-services.sh installs them"
+    missing = (
+        [program for program in _OPS_PROGRAMS if not shutil.which(program)] if item.get_closest_marker("ops") else []
+    )
+    if missing:
+        return f"{', '.join(missing)} not installed; .ci/install-services.sh installs them"
     return None
 
 

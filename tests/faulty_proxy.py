@@ -24,6 +24,9 @@ class Fault:
     amount: float = 0.0
     """slow: bytes a second; late: seconds before the request goes on to the server."""
     methods: tuple[str, ...] = ("GET",)
+    every: int = 1
+    """Of so many requests, to the first."""
+    asked: int = field(default=0, init=False)
     happened: int = field(default=0, init=False)
     """How often it has happened."""
 
@@ -37,19 +40,27 @@ class Proxy:
         """(method, path) of all."""
         self.answered = 0
         """Requests that the server has answered."""
+        self.bytes_out = 0
+        """Of the bodies of all answers, those that were spoilt included."""
         self._lock = threading.Lock()
 
     def count_answer(self) -> None:
         with self._lock:
             self.answered += 1
 
+    def count_bytes(self, size: int) -> None:
+        with self._lock:
+            self.bytes_out += size
+
     def fault_of(self, method: str, path: str) -> Fault | None:
         with self._lock:
             self.requests.append((method, path))
             for fault in self.faults:
                 if method in fault.methods and fault.part in path and fault.happened < fault.times:
-                    fault.happened += 1
-                    return fault
+                    fault.asked += 1
+                    if (fault.asked - 1) % fault.every == 0:
+                        fault.happened += 1
+                        return fault
         return None
 
 
@@ -97,6 +108,7 @@ def faulty_proxy(target: str) -> Iterator[Proxy]:
             fault: Fault | None = None,
             length: str | None = None,
         ) -> None:
+            proxy.count_bytes(len(data))
             self.send_response_only(status)
             for name, value in headers.items():
                 if not name.lower().startswith("x-amz-checksum"):  # clients would find damage before we do

@@ -18,11 +18,15 @@ def be_stopped() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def be_slow() -> None:
     time.sleep(1.0)
 
 
-FAULTS = {"sleep": sleep_for_ever, "stopped": be_stopped, "slow": be_slow}
+FAULTS = {"sleep": sleep_for_ever, "stopped": be_stopped, "killed": be_killed, "slow": be_slow}
 
 
 def main() -> int:
@@ -30,10 +34,11 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--faults", default="")
-    parser.add_argument("--slow-saves", default="-1:0", help="START:SECONDS that each save takes longer")
+    parser.add_argument("--slow-saves", default="-1:0", help="START:SECONDS that each save, and the end, takes longer")
     options = parser.parse_args()
     from trainer import train
     from trainer.checkpoint.manager import CheckpointManager
+    from trainer.run import Run
     from trainer.trainer import Trainer
 
     start = len(RunFolder(options.run_dir).names("attempts"))
@@ -43,7 +48,7 @@ def main() -> int:
         if (int(at_start), int(rank)) == (start, int(os.environ["RANK"])):
             due[int(step)] = FAULTS[what]
     slow_start, slow_s = options.slow_saves.split(":")
-    train_step, save = Trainer._train_step, CheckpointManager.save
+    train_step, save, draw_curves = Trainer._train_step, CheckpointManager.save, Run._draw_curves
 
     def struck(trainer, batch, plan):  # type: ignore[no-untyped-def]
         due.pop(plan.step, lambda: None)()
@@ -53,6 +58,11 @@ def main() -> int:
         time.sleep(float(slow_s) if start == int(slow_start) else 0)
         return save(manager, *arguments, **named)
 
+    def slow_end(run: Run) -> None:
+        time.sleep(float(slow_s) if start == int(slow_start) else 0)
+        draw_curves(run)
+
+    Run._draw_curves = slow_end  # type: ignore[assignment, method-assign]
     Trainer._train_step = struck  # type: ignore[method-assign]
     CheckpointManager.save = slow_save  # type: ignore[assignment, method-assign]
     return train.main(["--config", options.config, "--run-dir", options.run_dir])

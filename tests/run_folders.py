@@ -1,11 +1,14 @@
 """Run folders for tests, written by what writes them in a run: claim, attempts, metrics, job records, checkpoints."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch.job import JobSpec, record_job
 from tests.tiny import tiny
+from trainer.goodput import Ledger, name_of, next_record
 from trainer.run_folder import CHECKPOINTS, RunFolder
 
 NOW = time.time()
@@ -20,11 +23,28 @@ def record(step: int, when: float, *, phase: str = "low_resolution", **changes: 
     }  # fmt: skip
 
 
+def keep_ledger(folder: RunFolder, start: int, begin: float, steps: Sequence[int], *, ended: bool = False) -> None:
+    """The goodput record of a start that waits 3 s for data and computes 2 s for each of `steps`."""
+    at = [begin]
+    ledger = Ledger(clock=lambda: at[0], wall=lambda: at[0])
+    record = next_record(folder, start, ledger)
+    for step in steps:
+        ledger.enter("data")
+        at[0] += 3
+        ledger.enter("rework" if step <= ledger.reached else "productive")
+        at[0] += 2
+        ledger.reached = max(ledger.reached, step)
+    seconds, state = ledger.now()
+    record = replace(record, seconds=seconds, state=state, step=ledger.reached, ended=ended)
+    folder.write_json(name_of(start), record.to_json())
+
+
 def make_run(
     url: str, *, cluster: str = "local", attempts: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4),), start: float | None = None,
     checkpoint: int | None = None, **job: Any,
 ) -> RunFolder:  # fmt: skip
-    """A run of tests/tiny.py's schedule: of each attempt the steps that it recorded, 5 s apart; attempts 50 s apart.
+    """A run of tests/tiny.py's schedule: of each attempt the steps that it recorded, 5 s apart; attempts 50 s apart. Of 5 s a
+    step takes 2.
 
     `start`: Unix time of the first attempt; 100 s ago.
     """
@@ -41,6 +61,7 @@ def make_run(
         for i, step in enumerate(steps):
             writer.write(record(step, begin + 5 * (i + 1)))
         writer.close()
+        keep_ledger(folder, number, begin, steps)
     if checkpoint is not None:
         import torch  # here: most tests need none of it
 

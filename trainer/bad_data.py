@@ -10,7 +10,7 @@ from trainer import metric_names
 from trainer.bad_shards import BadShardRecord
 from trainer.config import DataConfig
 from trainer.errors import UserError
-from trainer.metrics import Exporter
+from trainer.exporter import Exporter
 from trainer.parallel.world import World
 from trainer.progress import Progress
 from trainer.reports import Reports

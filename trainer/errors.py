@@ -1,6 +1,17 @@
 """What a user can mend, and how a process tells its launcher what to do next. No torch."""
 
+import sys
 from enum import IntEnum
+
+_CLIENT_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("gcsfs.retry", "HttpError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("aiohttp.client_exceptions", "ClientError"),
+)
+"""What storage clients raise besides OSErrors: no keys, no such endpoint. By module, which is not imported for it."""
 
 
 class UserError(ValueError):
@@ -10,6 +21,16 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """A library's message, fit to stand in one of ours; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What reading from storage may raise, by the clients in use, and `more`: for `except storage_errors() as e`."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _CLIENT_ERRORS)
+    return (OSError, *more, *(error for error in found if isinstance(error, type) and issubclass(error, Exception)))
+
+
+KEYS_MEND = "set the storage keys (of S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+"""What mends most of them."""
 
 
 class ExitCode(IntEnum):

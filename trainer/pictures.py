@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def sample_grid(images_BHWC: np.ndarray, prompts: Sequence[str], *, side: int = 160) -> bytes:
-    """Images (B, H, W, 3), uint8, in rows, each shown at `side` pixels with its prompt below."""
+    """Images (B, H, W, 3), uint8, in rows, each shown at `side` pixels, its longer side, with its prompt below."""
     columns = math.ceil(math.sqrt(len(prompts)))
     rows = math.ceil(len(prompts) / columns)
     margin, caption = 8, 34
@@ -21,7 +21,10 @@ def sample_grid(images_BHWC: np.ndarray, prompts: Sequence[str], *, side: int = 
     for i, (pixels, prompt) in enumerate(zip(images_BHWC, prompts, strict=True)):
         x, y = margin + i % columns * (side + margin), margin + i // columns * (side + caption + margin)
         smooth = Image.Resampling.LANCZOS if pixels.shape[0] > side else Image.Resampling.BICUBIC
-        sheet.paste(Image.fromarray(pixels).resize((side, side), smooth), (x, y))
+        # the longer side is `side`, and what is no square stands in the middle
+        shown = [max(1, round(side * length / max(pixels.shape[:2]))) for length in (pixels.shape[1], pixels.shape[0])]
+        place = (x + (side - shown[0]) // 2, y + (side - shown[1]) // 2)
+        sheet.paste(Image.fromarray(pixels).resize((shown[0], shown[1]), smooth), place)
         text = "\n".join(textwrap.wrap(prompt, width=side // 6, max_lines=2, placeholder=" ..."))
         draw.text((x, y + side + 3), text, fill=(60, 60, 60), font=font)
     return png(sheet)
@@ -78,13 +81,16 @@ _FIGURES = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "frechet": 
 """Of evaluations."""
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()) -> bytes:
+def loss_curves(
+    records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = (),
+    validations: Sequence[Mapping[str, Any]] = (),
+) -> bytes:  # fmt: skip
     """A panel for each loss term over steps, or for terms that belong together, phases shaded; for a few figures of
-    evaluations; and for images per second."""
+    evaluations; for each term of validations, by noise level; and for images per second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = _panels(records, evaluations)
+    panels = _panels(records, evaluations, validations)
     columns = min(3 if len(panels) <= 9 else 4, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = 5 * columns, 3 * rows
@@ -119,7 +125,9 @@ def loss_curves(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
     return buffer.getvalue()
 
 
-def _panels(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[_Panel]:
+def _panels(
+    records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> list[_Panel]:  # fmt: skip
     found = {term for record in records for term in record["loss"]}
     curves = {term: [(r["step"], r["loss"][term]) for r in records if term in r["loss"]] for term in found}
     panels = []
@@ -133,6 +141,14 @@ def _panels(records: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
         points = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
         if points:
             panels.append(_Panel(f"evaluation: {title}", {name: points}, is_loss=False))
+    for term in dict.fromkeys(term for v in validations for term in v["terms"]):
+        by_level: dict[str, list[tuple[int, float]]] = {}
+        for v in validations:
+            for level, value in enumerate(v["terms"].get(term, ())):
+                if value is not None:
+                    by_level.setdefault(f"level {level}", []).append((v["step"], value))
+        if by_level:
+            panels.append(_Panel(f"validation: {term.replace('_', ' ')} by noise level", by_level))
     speed = [(r["step"], r["images_per_s"]) for r in records]
     return [*panels, _Panel("images per second", {"images_per_s": speed}, is_loss=False)]
 

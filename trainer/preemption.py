@@ -2,6 +2,8 @@
 anything happen. No torch: the handlers are in place before the slow imports begin."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -18,3 +20,14 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Within, signals ask to stop; afterwards they do what they did before."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield StopRequest()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

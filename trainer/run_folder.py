@@ -3,35 +3,43 @@
 config.yaml            the resolved config, as trained
 job.json               how it was submitted, and when
 code/                  snapshot of the code that runs
-attempts/0000.json     one record a start: when, where, on how many ranks
+attempts/0000.json     one record a start: when, where, on how many ranks, how long until its first step and on what
 metrics/0000.jsonl     one line an interval, one file an attempt
 logs/rank-0.log        output of each process
 pods/                  on Kubernetes: how each pod of an attempt ended, and when one last was alive
 checkpoints/           see trainer/checkpoint
+ema/                   snapshots of power-function averages, in the checkpoints' format (trainer/posthoc_ema.py)
 samples/, curves.png   pictures
-evaluation/            an autoencoder's figures, a file an evaluation and final.json
+evaluation/            an autoencoder's figures, a file an evaluation and final.json; of latent diffusion the same of each
+                       validation, validation-step-00001000.json and validation-final.json
 reconstructions/       what it gave back of some images, at the same steps
+evaluations/           what `loupe evaluate run` has measured of its pictures, a file an evaluation
 bad_shards.json        shards that could not be read, and from which step on they are left out
 worker_deaths/         one record for each data worker that died
 hangs/                 one record for each start that a watchdog ended
+goodput/               where the time went, a file a start (trainer/goodput.py)
 doctor/                what the check of each machine found before a start; in the work folder
 stacks/                where all threads were then, a file a start and rank
 init_report.json       which weights it began with, where it was not fresh ones
 summary.json           how the run ended
+report.html            written by `loupe runs report`, when asked
 """
 
+import errno
 import io
 import json
 import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from trainer.checkpoint.errors import CheckpointError
 from trainer.config import RunConfig, config_digest, differences_in_words
 from trainer.config_text import from_yaml, to_yaml
 from trainer.errors import UserError
@@ -41,9 +49,16 @@ JOB = "job.json"
 SUMMARY = "summary.json"
 BAD_SHARDS = "bad_shards.json"
 CHECKPOINTS = "checkpoints"
+EMA_SNAPSHOTS = "ema"
 HANGS = "hangs"
+GOODPUT = "goodput"
+EVALUATIONS = "evaluations"
 STACKS = "stacks"
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}
+_LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError)
+_LASTING_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+"""What a folder that cannot be written says: it stays so until a person mends it."""
+_MAX_DIGITS = 30
 FLUSH_S = 10.0
 """Longest that a record waits for storage that cannot append, while records come."""
 
@@ -53,6 +68,45 @@ def make_folder(fs: fsspec.AbstractFileSystem, path: str) -> None:
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     if not protocols & OBJECT_STORES:
         fs.makedirs(path, exist_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A record, which may be damaged or not ours.
+
+    Raises:
+        ValueError: it is no JSON, or has numbers of which no double can be made.
+        RecursionError: it is too deep.
+    """
+    return json.loads(text, parse_int=_whole_number)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def modified(fs: fsspec.AbstractFileSystem, path: str) -> float | None:
+    """Unix time of a file's last change; None where the storage keeps no times."""
+    try:
+        found = fs.modified(path)
+    except (NotImplementedError, AttributeError):
+        return None
+    if not isinstance(found, datetime):
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+class OtherConfig(UserError):
+    """A run folder is another config's.
+
+    Args:
+        differences: in words.
+    """
+
+    def __init__(self, message: str, differences: str) -> None:
+        super().__init__(message)
+        self.differences = differences
 
 
 class RunFolder:
@@ -75,7 +129,7 @@ class RunFolder:
         return str(self.fs.cat_file(self.path(name)).decode())
 
     def read_json(self, name: str) -> dict[str, Any]:
-        tree = json.loads(self.read_text(name))
+        tree = parse_json(self.read_text(name))
         if not isinstance(tree, dict):
             raise UserError(f"{self.url}/{name}: not a JSON object; the file is not ours or is damaged")
         return tree
@@ -118,9 +172,11 @@ class RunFolder:
             return
         found = self.config()
         if config_digest(found) != config_digest(config):
-            raise UserError(
-                f"{self.url}: holds run {found.name!r} of another config ({differences_in_words(found, config)}); "
-                f"continue that one by giving its {CONFIG}, take another --run-dir, or start over with --fresh"
+            differences = differences_in_words(found, config)
+            raise OtherConfig(
+                f"{self.url}: holds run {found.name!r} of another config ({differences}); "
+                f"continue that one by giving its {CONFIG}, take another --run-dir, or start over with --fresh",
+                differences,
             )
 
     def claim(self, config: RunConfig) -> None:
@@ -128,11 +184,14 @@ class RunFolder:
 
         Raises:
             UserError: it holds a run of another config, or cannot be written.
+            OSError: storage did not answer, or not as it should: a later try may go well.
         """
         try:
             self.check(config)
             self.write_text(CONFIG, to_yaml(config))
         except OSError as e:
+            if not isinstance(e, _LASTING) and e.errno not in _LASTING_CODES:
+                raise
             raise UserError(f"{self.url}: the run folder cannot be written ({e}); give a writable --run-dir") from None
 
     def config(self) -> RunConfig:
@@ -146,6 +205,23 @@ class RunFolder:
         self.write_json(f"attempts/{attempt:04d}.json", record)
         return attempt
 
+    def check_newest(self, attempt: int) -> None:
+        """Refuse what only the newest start may do. An older one may live on beside it: on a node that SLURM took for lost.
+
+        Raises:
+            CheckpointError: another has started since.
+        """
+        newest = len(self.names("attempts")) - 1
+        if newest > attempt:
+            raise CheckpointError(
+                f"{self.url}: start {newest} goes on with this run; start {attempt}, this one, must end"
+            )
+
+    def add_to_attempt(self, attempt: int, **facts: Any) -> None:
+        """What became known later of a start."""
+        name = f"attempts/{attempt:04d}.json"
+        self.write_json(name, {**self.read_json(name), **facts})
+
     # -------------------------------------------------------------------------------------------------- metrics
 
     def metrics_writer(self, attempt: int) -> "JsonlWriter":
@@ -158,6 +234,28 @@ class RunFolder:
     def evaluations(self) -> list[dict[str, Any]]:
         """One record an evaluation, as `metrics`: its step and its figures by name."""
         return _by_step(record["evaluation"] for record in self._records() if "evaluation" in record)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """One record a validation, as `metrics`: its step, and each term's values by noise level."""
+        return _by_step(record["validation"] for record in self._records() if "validation" in record)
+
+    def last_step_record(self, name: str, max_bytes: int) -> dict[str, Any] | None:
+        """The newest record of a step within the last bytes of a metrics file; lines that a full disk, or a kill, has damaged
+        are passed over. None where there is none."""
+        try:
+            size = int(self.fs.size(self.path(name)) or 0)
+            data = bytes(self.fs.cat_file(self.path(name), start=max(0, size - max_bytes), end=size)) if size else b""
+        except FileNotFoundError:
+            return None
+        # the first line may have lost its head, the last is being written
+        for line in reversed(data.split(b"\n")[1 if size > max_bytes else 0 : -1]):
+            try:
+                record = parse_json(line) if line else None
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                return record
+        return None
 
     def _records(self) -> Iterator[dict[str, Any]]:
         for name in self.names("metrics"):
@@ -173,7 +271,7 @@ def _jsonl(text: str) -> Iterator[dict[str, Any]]:
     *lines, _cut = text.split("\n")
     for line in lines:  # what follows the last newline is a line that a kill cut short, or empty
         if line:
-            yield json.loads(line)
+            yield parse_json(line)
 
 
 class JsonlWriter:

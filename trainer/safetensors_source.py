@@ -1,4 +1,5 @@
-"""Weights in safetensors at a path or any fsspec URL: one file, or a folder as diffusers writes it. Nothing is unpickled."""
+"""Weights in safetensors at a path or any fsspec URL: one file, a folder as diffusers or `loupe export` writes it, or a whole
+pipeline's. Nothing is unpickled."""
 
 import json
 import posixpath
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from trainer.errors import UserError, one_line
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-"""Of a model in several files: which tensor is in which."""
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""diffusers' name, and that of `loupe export --format safetensors`; with `.index.json` behind it the file that says of a model
+in several files which tensor is in which."""
+INDEXED = ".index.json"
+DENOISERS = ("transformer", "unet")
+"""Where a pipeline has its denoiser."""
 CONFIG = "config.json"
 PIPELINE = "model_index.json"
 JSON_LIMIT = 64 << 20
@@ -31,6 +35,8 @@ class SafetensorsSource:
         self.url = url.rstrip("/")
         self._fs, self._root = _open(self.url)
         self._is_file = self.url.endswith(".safetensors")
+        if not self._is_file and (part := _denoiser_of(self._fs, self._root)):
+            self.url, self._root = f"{self.url}/{part}", f"{self._root}/{part}"
         config = None if self._is_file else self._json(CONFIG)
         self.class_name = str((config or {}).get("_class_name", ""))
         """The class that wrote the folder; empty where nothing says it."""
@@ -40,11 +46,11 @@ class SafetensorsSource:
         """Whether safetensors are there, not a run or its checkpoint."""
         fs, root = _open(url)
         try:
-            if url.endswith(".safetensors") or any(fs.exists(f"{root}/{name}") for name in (WEIGHTS, INDEX)):
+            if url.endswith(".safetensors") or _has_weights(fs, root) or _denoiser_of(fs, root):
                 return True
             if fs.exists(f"{root}/{PIPELINE}"):
-                raise UserError(f"init_from.url: {url} is a whole pipeline; give the folder of one model in it, as "
-                                f"{url}/transformer or {url}/unet")  # fmt: skip
+                raise UserError(f"init_from.url: {url} is a pipeline without safetensors in {' or '.join(DENOISERS)}; give the "
+                                "folder of one model, or a .safetensors file")  # fmt: skip
         except OSError as e:
             raise UserError(f"init_from.url: {url}: cannot be read ({one_line(e)})") from None
         return False
@@ -53,18 +59,21 @@ class SafetensorsSource:
         """All tensors, by their names in the files. Local files are mapped, not read."""
         if self._is_file:
             return self._tensors(self._root)
-        index = self._json(INDEX)
+        stem = next((name for name in WEIGHTS if _is_there(self._fs, self._root, name)), WEIGHTS[0])
+        index = self._json(f"{stem}{INDEXED}")
         if index is None:
-            return self._tensors(f"{self._root}/{WEIGHTS}")
+            return self._tensors(f"{self._root}/{stem}")
         placed = index.get("weight_map")
         if not isinstance(placed, dict) or not all(_is_plain(file) for file in placed.values()):
-            raise UserError(f"{self.url}/{INDEX}: weight_map does not name files of this folder; it is damaged")
+            raise UserError(f"{self.url}/{stem}{INDEXED}: weight_map does not name files of this folder; it is damaged")
         state: dict[str, Tensor] = {}
         for file in sorted(set(placed.values())):
             state |= self._tensors(f"{self._root}/{file}")
         lost = sorted(set(placed) - set(state))
         if lost:
-            raise UserError(f"{self.url}/{INDEX}: lists {lost[0]} ({len(lost)} such) that no file has; copy it again")
+            raise UserError(
+                f"{self.url}/{stem}{INDEXED}: lists {lost[0]} ({len(lost)} such) that no file has; copy it again"
+            )
         return state
 
     def _tensors(self, path: str) -> dict[str, Tensor]:
@@ -101,6 +110,21 @@ def _open(url: str) -> tuple[Any, str]:
     except (ValueError, ImportError) as e:
         raise UserError(f"init_from.url: {url} cannot be opened ({one_line(e)})") from None
     return fs, root.rstrip("/")
+
+
+def _is_there(fs: Any, root: str, name: str) -> bool:
+    return any(fs.exists(f"{root}/{file}") for file in (name, f"{name}{INDEXED}"))
+
+
+def _has_weights(fs: Any, root: str) -> bool:
+    return any(_is_there(fs, root, name) for name in WEIGHTS)
+
+
+def _denoiser_of(fs: Any, root: str) -> str | None:
+    """Name of the denoiser's folder, where `root` is a pipeline's."""
+    if not fs.exists(f"{root}/{PIPELINE}"):
+        return None
+    return next((part for part in DENOISERS if _has_weights(fs, f"{root}/{part}")), None)
 
 
 def _is_plain(file: object) -> bool:

@@ -15,6 +15,7 @@ from trainer.config_text import from_yaml
 from trainer.errors import ExitCode, UserError
 from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
+from trainer.start_times import StartTimes, process_age_s
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             config = from_yaml(file.read(), source=options.config)
         from trainer.run import run
 
-        return run(config, RunFolder(options.run_dir), stop)
+        return run(config, RunFolder(options.run_dir), stop, StartTimes(process_age_s()))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code: int = ExitCode.STOP

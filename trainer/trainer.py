@@ -1,9 +1,8 @@
 """The training loop. It knows *when*: accumulation, clipping, the finite check, periodic actions, stopping.
 A task knows *what* a step is."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -12,27 +11,34 @@ from torch import Tensor
 from data.batches import Batch
 from data.loader import Loader, WorkerDied
 from trainer import metric_names, optim, train_state
-from trainer.actions import Actions, Verdict
+from trainer.actions import WHOLE_GRADIENT, Actions, Verdict
+from trainer.activity import Activity
 from trainer.bad_data import BadData
 from trainer.bad_shards import BadShardRecord
-from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import InitFromConfig, RunConfig
 from trainer.device_copy import DeviceCopy
-from trainer.ema import EMA
+from trainer.ema import EMA, averaged
+from trainer.ema_snapshots import Snapshots
 from trainer.errors import ExitCode, UserError
-from trainer.metrics import Exporter, Stopwatch
+from trainer.exporter import Exporter
+from trainer.flops import StepFlops
+from trainer.goodput import Ledger
+from trainer.metrics import Stopwatch
 from trainer.micro_batches import split
-from trainer.parallel.agreement import Agreement
-from trainer.parallel.apply import begin_micro_batch, reshard
+from trainer.parallel.apply import begin_micro_batch
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.progress import Progress
 from trainer.readback import Readback
 from trainer.reports import Reports
 from trainer.run_folder import JsonlWriter
+from trainer.saves import Saves
 from trainer.spikes import SpikeGuard
+from trainer.stage_times import OUTSIDE
+from trainer.start_times import StartTimes
 from trainer.step_plan import StepPlan, StepPlanner
+from trainer.stopping import Interrupted, Stopping
 from trainer.stragglers import Stragglers
 from trainer.tasks.base import Task
 from trainer.warm_start import warm_start
@@ -43,27 +49,38 @@ class Trainer:
     def __init__(
         self, config: RunConfig, task: Task, world: World, planner: StepPlanner, checkpoints: CheckpointManager,
         exporter: Exporter, records: JsonlWriter | None, stop: StopRequest, actions: Actions,
-        bad_shards: BadShardRecord | None = None, watchdog: Watchdog | None = None,
+        bad_shards: BadShardRecord | None = None, activity: Activity | None = None, start: StartTimes | None = None,
+        flops: StepFlops | None = None, snapshots: CheckpointManager | None = None,
     ) -> None:  # fmt: skip
-        """`task.module` is sharded already. `records`: where rank 0 writes a line an interval; None on other ranks."""
+        """`task.module` is sharded already. `records`: where rank 0 writes a line an interval; None on other ranks.
+        `snapshots`: where those of the averages are written; None: there are none."""
         self.config, self.task, self.world, self.planner = config, task, world, planner
         self.checkpoints, self.exporter, self.stop, self.actions = checkpoints, exporter, stop, actions
+        self.stopping = Stopping(world.host_group, stop, lambda: self.saves.failed)
         self.optimizer = optim.build_optimizer(task.module, config.optim)
-        self.ema = EMA(task.module, offload=config.ema.offload)
+        self.ema = EMA(task.module, offload=config.ema.offload, profiles=config.ema.profiles)
         self.spikes = SpikeGuard(config.optim.spikes, world.device) if config.optim.spikes else None
         self.update_ratio = optim.UpdateRatio(task.module)
         self.progress = Progress()
         self.total_steps = planner.schedule.total_steps
-        self.reports = Reports(world, exporter, records, self.total_steps)
+        self._flops, peak_flops = flops or StepFlops(), config.metrics.peak_flops
+        self.reports = Reports(world, exporter, records, self.total_steps, flops=self._flops, peak_flops=peak_flops)
+        self.stages = task.stages = self.reports.stages
         self._pending: Verdict | None = None
         self._roll_back_due = False
         self._gradient_norm = float("nan")
         self._to_device = DeviceCopy(world.device)
-        self.watchdog = watchdog or Watchdog(None, None)
+        self.start = start or StartTimes()
+        self.activity = activity or Activity(Watchdog(None, None), Ledger(), world.device)
         sharded = [task.module, *(module for module, _ in task.frozen_sharded())]
         self.stragglers = Stragglers(config.metrics, world, self.reports, sharded)
         self._bad_data = BadData(config.data, world, exporter, self.reports, actions.name_of_shard, bad_shards)
-        self._saved_step = -1
+        self.saves = Saves(
+            checkpoints, world, exporter, self.reports, self.activity, self.total_steps, config.checkpoint.every_steps,
+            lambda: train_state.tensors(task, self.ema, self.optimizer, self.spikes), actions.on_saved,
+            Snapshots(snapshots, world, config.ema, self.total_steps, self.ema, task.module, self.reports)
+            if snapshots else None,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -77,15 +94,17 @@ class Trainer:
         """
         if not self._restore() and self.config.init_from:
             self._warm_start(self.config.init_from)
+        self.saves.go_on_from(self.progress)
+        self.start.lap("restore")
         if self.progress.step >= self.total_steps:
+            self.saves.finish()
             return ExitCode.DONE
         self.task.module.train()
-        agreement = Agreement(self.world.host_group)
 
         def train() -> ExitCode | None:
             self._bad_data.recall(self.progress)
             with make_loader(self.planner, self.progress) as loader:
-                return self._train(loader, agreement)
+                return self._train(loader)
 
         try:
             while (code := train()) is None:
@@ -93,59 +112,75 @@ class Trainer:
         except BaseException as e:
             if isinstance(e, WorkerDied) and self.actions.on_worker_death:
                 self.actions.on_worker_death(str(e))
-            self.checkpoints.settle(timeout_s=30)
+            self.saves.settle(timeout_s=30)
             raise
-        agreement.close()  # not after an error: other ranks may never take part
+        self.stopping.close()  # not after an error: other ranks may never take part
         return code
 
-    def _train(self, loader: Loader, agreement: Agreement) -> ExitCode | None:
+    def _train(self, loader: Loader) -> ExitCode | None:
         """Steps to the end of the schedule or to a request to stop; None where the run is to be rolled back."""
         watch = Stopwatch()
         first, waited = self.progress.step, 0.0
         own = self.stragglers.own
-        self.watchdog.loading(fresh=True)
+        self.activity.starting_workers()
+        self.stages.begin("data")
         for batch in loader.steps(first, self.total_steps):
             own.close()
-            self.watchdog.loaded()
+            self.activity.loaded()
             waited += watch.lap()
+            self.stages.enter("other")
             if not self._bad_data.none_is_new(batch, self.progress, loader):
-                self.watchdog.loading(fresh=True)
+                self.activity.loading(fresh=True)
+                self.stages.enter("data")
                 continue
             if batch.step == first:
                 waited = 0.0  # for workers to start, not for data
+                self.stages.begin("other")
+                self.start.lap("first_batch")
             plan = self.planner.plan(batch.step)
-            self.watchdog.stepping(plan.phase_index, batch.images_BCHW.shape, self.task.begins_another_loss(plan))
+            another_loss = self.task.begins_another_loss(plan)
+            self.activity.stepping(plan.step, plan.phase_index, batch.images_BCHW.shape, another_loss)
             own.open()
-            self._train_step(self._to_device(batch), plan)
+            with self.stages("copy"):
+                on_device = self._to_device(batch)
+            self._train_step(on_device, plan)
             own.close()
-            if self._report_is_due(plan) or self._save_is_due(plan):
+            snapshot_is_due = self.saves.snapshot_is_due(plan.step + 1)
+            if self.start.running or self._report_is_due(plan) or self._save_is_due(plan) or snapshot_is_due:
                 # The wait for the device belongs to the steps. And what a roll back leaves behind is not saved first.
                 self._resolve_pending()
             self._count(batch, plan, waited, watch.lap())
+            self.stages.end_step()
+            self.start.end("first_step")
             waited = 0.0
             if self._roll_back_due:
                 return None
-            self._run_due_actions(plan)
-            self._note_saved()
-            self.watchdog.doing("agreeing with the other ranks", step=True)
-            agreed = agreement.poll(stop=self.stop.received is not None, save_failed=self.checkpoints.failed)
+            self._report_and_save(plan)
+            self.saves.note(self.progress)
+            self.activity.in_step("agreeing with the other ranks")
+            due = self.actions.due(self.progress.step, self.total_steps)
+            agreed = self.stopping.poll(at_once=bool(due))  # an action may take longer than a stop has time
             if "stop" in agreed and self.progress.step < self.total_steps:
-                self.reports.print(
-                    f"stopping at step {self.progress.step} as asked ({self.stop.received or 'another rank'})"
-                )
-                self._report(plan)
-                if self._roll_back_due:
-                    self._await_earlier_save()
-                    self.reports.print("not saved: too many spikes, the next start goes on from the checkpoint before")
-                else:
-                    self._save(wait=True)
-                return ExitCode.REQUEUE
+                return self._stop(plan)
             if "save_failed" in agreed:
-                self._finish_save()  # raises what went wrong, on all ranks at this step
+                self.saves.finish()  # raises what went wrong, on all ranks at this step
+            if due and not self._have_run(due):
+                return self._stop(plan)
             watch.lap()
             own.open()
-            self.watchdog.loading()
+            self.activity.loading()
+            self.stages.enter("data")
         return ExitCode.DONE
+
+    def _stop(self, plan: StepPlan) -> ExitCode:
+        self.reports.print(f"stopping at step {self.progress.step} as asked ({self.stop.received or 'another rank'})")
+        self._report(plan)
+        if self._roll_back_due:
+            self.saves.await_earlier(self.progress)
+            self.reports.print("not saved: too many spikes, the next start goes on from the checkpoint before")
+        else:
+            self._save(wait=True)
+        return ExitCode.REQUEUE
 
     def _train_step(self, batch: Batch, plan: StepPlan) -> None:
         """Accumulate, clip, check, update. Everything stays on the device."""
@@ -153,13 +188,17 @@ class Trainer:
         micro_batches = split(batch, config.parallel.micro_batch_size)
         terms: list[dict[str, Tensor]] = []
         self.task.begin_step(plan)
+        another_loss = self.task.begins_another_loss(plan)
+        self._flops.begin_step(plan.phase_index, batch.images_BCHW.shape, another_loss=another_loss)
         for i, micro in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             begin_micro_batch(module, last=last, keep_gathered=config.parallel.keep_gathered)
-            terms.append(self.task.forward_backward(micro, plan, scale=1.0 / len(batch.captions)))
+            with self._flops.counting(self.stages, len(micro_batches)):
+                terms.append(self.task.forward_backward(micro, plan, scale=1.0 / len(batch.captions)))
         terms_B = {name: torch.cat([t[name] for t in terms]) for name in terms[0]}
+        self.stages.enter("optimizer")
         norm = optim.clip_gradients(module, config.optim.max_grad_norm)
-        if self.spikes and (plan.begins_phase or self.task.begins_another_loss(plan)):
+        if self.spikes and (plan.begins_phase or another_loss):
             self.spikes.begin_phase()
         skip, spike, loss = self._judge(terms_B["loss"], norm, self.task.own_gradient_norm(plan))
         self.stragglers.own.open()
@@ -169,8 +208,10 @@ class Trainer:
         # before the average, which is of the weights as the step leaves them: a task may move some of them itself
         self.task.end_step(plan, 1.0 - skip)
         warm = plan.step >= config.ema.start_step
-        self.ema.update(plan.phase.ema_decay if warm else 0.0, skip)
-        self.reports.add(terms_B, skip)
+        with self.stages("average"):
+            self.ema.update(plan.phase.ema_decay if warm else 0.0, skip, plan.step + 1)
+        self.stages.enter("other")
+        self.reports.add(terms_B, skip, self.task.noise_levels())
         recent = self.spikes.record(plan.step, loss, norm, spike, skip) if self.spikes else spike
         self._resolve_pending()
         self._pending = Verdict(plan.step, Readback(skip, spike, recent, norm), batch.keys, terms_B["loss"])
@@ -197,10 +238,7 @@ class Trainer:
             self.progress.skipped_in_a_row = 0
             return
         self.progress.steps_skipped += 1
-        if spike:
-            self._on_spike(verdict, int(recent_spikes))
-        else:
-            self._on_non_finite(verdict)
+        self._on_spike(verdict, int(recent_spikes)) if spike else self._on_non_finite(verdict)
 
     def _on_non_finite(self, verdict: Verdict) -> None:
         self.progress.skipped_in_a_row += 1
@@ -209,10 +247,9 @@ class Trainer:
         self.reports.print(f"step {verdict.step} skipped: non-finite loss or gradient ({images})")
         limit = self.config.optim.max_skipped_in_a_row
         if self.progress.skipped_in_a_row >= limit:
-            raise UserError(
-                f"optim.max_skipped_in_a_row: {limit} steps in a row were not finite, last in {images}; look at those "
-                "images, or begin a new run with a lower learning_rate; the newest checkpoint is from before"
-            )
+            look = "" if images == WHOLE_GRADIENT else "look at those images, or "
+            raise UserError(f"optim.max_skipped_in_a_row: {limit} steps in a row were not finite, last in {images}; "
+                            f"{look}begin a new run with a lower learning_rate")  # fmt: skip
 
     def _on_spike(self, verdict: Verdict, recent: int) -> None:
         spikes = self.config.optim.spikes
@@ -238,16 +275,15 @@ class Trainer:
             )
         last = self.planner.plan(before.step - 1)
         end = last.position + last.phase.batch_size
-        self.watchdog.doing("waiting for the save before a roll back")
-        self._await_earlier_save()
+        self.activity.doing("waiting for the save before a roll back", "checkpoint")
+        self.saves.await_earlier(before)
         if not self._restore():
             self.reports.print("too many spikes, and no checkpoint yet to go back to: going on")
         else:
             resumed = self.planner.plan(self.progress.step)
             passed = end - resumed.position
-            passed += (
-                -passed % resumed.phase.batch_size
-            )  # whole batches, as one of an aspect bucket must not begin midway
+            # whole batches, as one of an aspect bucket must not begin midway
+            passed += -passed % resumed.phase.batch_size
             self.progress.passed_over.append((self.progress.step, passed))
             self.progress.roll_backs = before.roll_backs + 1
             self.progress.steps_skipped = before.steps_skipped
@@ -256,6 +292,7 @@ class Trainer:
                 f"rolled back from step {before.step} to {self.progress.step}, passing over {passed} images"
             )
             self.planner = self.planner.passing_over(self.progress.passed_over)
+            self.saves.go_on_from(self.progress)
         self.spikes.forget_spikes()
         self.reports.forget()
 
@@ -268,25 +305,30 @@ class Trainer:
         progress.train_seconds += waited + computed
         self._bad_data.add(batch)
         self.exporter.add(batch.counts)
-        self.reports.count(progress.step, phase.batch_size, waited, computed)
+        self.reports.count(progress.step, phase.batch_size, waited, computed, self._flops.kind)
         self.stragglers.count(waited + computed)
-        self.watchdog.stepped(progress.step, waited + computed)
+        self.activity.stepped(progress.step, waited + computed)
 
-    def _run_due_actions(self, plan: StepPlan) -> None:
-        """Metrics, checkpoint, samples or evaluation: in this order, so that a line about a step is there before the step is
-        durable."""
-        done, config = self.progress.step, self.config
-        last = done == self.total_steps
+    def _report_and_save(self, plan: StepPlan) -> None:
+        """In this order, so that a line about a step is there before the step is durable."""
         if self._report_is_due(plan):
             self._report(plan)
+        if self.saves.snapshot_is_due(self.progress.step):
+            with self.stages("checkpoint"):
+                self.saves.snapshot(self.progress)
         if self._save_is_due(plan):
-            self._save(wait=last or not config.checkpoint.asynchronous)
-        due = [action for every, action in self.actions.at_intervals if done % every == 0 and not last]
-        if due:
-            self.watchdog.doing("drawing samples or evaluating")
-            with self.averaged():
-                for action in due:
-                    action(done)
+            self._save(wait=self.progress.step == self.total_steps or not self.config.checkpoint.asynchronous)
+
+    def _have_run(self, actions: Sequence[Callable[[int], None]]) -> bool:
+        """Samples or evaluation; False where a request to stop has ended them midway."""
+        self.activity.doing("drawing samples or evaluating", "other")
+        try:
+            with self.stages(OUTSIDE), self.averaged():
+                for action in actions:
+                    action(self.progress.step)
+        except Interrupted:
+            return False
+        return True
 
     def _report_is_due(self, plan: StepPlan) -> bool:
         return plan.ends_phase or (plan.step + 1) % self.config.metrics.every_steps == 0
@@ -297,17 +339,9 @@ class Trainer:
             return True  # no roll back goes behind the beginning of a phase, whose data may be another mix
         return done == self.total_steps or done % self.config.checkpoint.every_steps == 0
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Within, the module is the average of its weights, in evaluation mode."""
-        reshard(self.task.module)
-        with self.ema.in_place_of_weights():
-            self.task.module.eval()
-            try:
-                yield
-            finally:
-                reshard(self.task.module)
-                self.task.module.train()
+        return averaged(self.task.module, self.ema)
 
     def _report(self, plan: StepPlan) -> None:
         self._resolve_pending()
@@ -317,74 +351,25 @@ class Trainer:
             captions_cut=self.task.captions_cut,
         )  # fmt: skip
         self.stragglers.tell()
+        self.saves.tell(self.progress)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self, *, wait: bool) -> None:
-        """Until everything has been copied and may change, or, with `wait`, until the checkpoint is committed."""
-        started = time.perf_counter()
-        self.watchdog.doing("saving")
-        if wait:
-            self._await_earlier_save()
-        if self._saved_step == self.progress.step:
-            return
-        self._bad_data.agree(self.progress)
-        self.reports.flush()
-        try:
-            (self.checkpoints.save if wait else self.checkpoints.begin_save)(
-                train_state.tensors(self.task, self.ema, self.optimizer, self.spikes),
-                step=self.progress.step,
-                images_seen=self.progress.images,
-                state=self.progress.to_json(),
-            )
-        except BaseException:
-            self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
-            raise
-        self._saved_step = self.progress.step
-        if wait:
-            self.exporter.of(metric_names.CHECKPOINT_LAST).set_to_current_time()
-        if self.world.is_main:
-            self.exporter.of(metric_names.CHECKPOINT_SECONDS).observe(time.perf_counter() - started)
-
-    def _await_earlier_save(self) -> None:
-        """Before a save that waits, worth a trial even where the one before has failed; and before a roll back."""
-        try:
-            self._finish_save()
-        except (UserError, CheckpointError) as e:
-            self.reports.print(f"WARNING: the save of step {self._saved_step} failed ({e})")
-            self._saved_step = -1
-        self._note_saved()
-
-    def _finish_save(self) -> None:
-        """Wait for the save in the background; one that failed is counted, and its error raised."""
-        try:
-            self.checkpoints.finish()
-        except (UserError, CheckpointError):
-            self.exporter.of(metric_names.CHECKPOINT_FAILURES, "save").inc()
-            raise
-
-    def _note_saved(self) -> None:
-        saved = self.checkpoints.poll()
-        if saved:
-            self.exporter.of(metric_names.CHECKPOINT_LAST).set(saved.time)
+        with self.stages("checkpoint"):
+            self.saves.save(self.progress, wait=wait, prepare=lambda: self._bad_data.agree(self.progress))
 
     def _restore(self) -> bool:
         """From the newest checkpoint; False where there is none."""
-        self.watchdog.doing("restoring")
-        restored = self.checkpoints.restore(
-            train_state.tensors(self.task, self.ema, self.optimizer, self.spikes),
-            on_set_aside=self._on_set_aside,
-        )
+        restored = self.saves.restore()
         if restored is None:
             return False
-        self.progress = Progress.from_json(restored.state)
+        self.progress = restored
         self.planner = self.planner.passing_over(self.progress.passed_over)
-        self._saved_step = self.progress.step
-        self.reports.print(f"resumed from {restored.path}: step {self.progress.step} of {self.total_steps}")
         return True
 
     def _warm_start(self, config: InitFromConfig) -> None:
-        self.watchdog.doing("loading init_from")
+        self.activity.doing("loading init_from", "restore")
         report = warm_start(self.task.module, self.ema, config, self.world)
         self.task.after_warm_start(report.loaded)
         self.progress.init_from = report.source
@@ -392,9 +377,3 @@ class Trainer:
             self.reports.note(line)
         if self.actions.on_warm_start:
             self.actions.on_warm_start(report.to_json())
-
-    def _on_set_aside(self, path: str, reason: str) -> None:
-        self.exporter.of(metric_names.CHECKPOINT_FAILURES, "restore").inc()
-        self.reports.print(
-            f"WARNING: checkpoint {path} does not verify and is set aside ({reason}); trying the one before"
-        )

@@ -87,8 +87,9 @@ def warm_start(module: nn.Module, ema: EMA, config: InitFromConfig, world: World
     with torch.no_grad():
         average = ema.average
         weights = dict(module.named_parameters())
-        for mine, weight in zip(locals_of(average.values()), locals_of(weights[name] for name in average), strict=True):
-            mine.copy_(weight)
+        for of_it in (average, *ema.profiles.values()):
+            for mine, weight in zip(locals_of(of_it.values()), locals_of(weights[name] for name in of_it), strict=True):
+                mine.copy_(weight)
     return report
 
 
@@ -202,7 +203,7 @@ def _from_safetensors(
 
     def read() -> Report:
         source = SafetensorsSource(url)
-        state.update(_in_our_names(source, module, targets))
+        state.update(_in_our_names(source, module, targets, strict=config.strict))
         return match(url, _shapes(state), _shapes(targets), config)
 
     report = ranks.on_rank_0(read)
@@ -211,11 +212,14 @@ def _from_safetensors(
     return report
 
 
-def _in_our_names(source: SafetensorsSource, module: nn.Module, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_our_names(
+    source: SafetensorsSource, module: nn.Module, targets: Mapping[str, Tensor], *, strict: bool
+) -> dict[str, Tensor]:
     state, denoiser = source.read(), getattr(module, "denoiser", None)
     if source.class_name == SD3 and isinstance(denoiser, MMDiT):
         assert isinstance(denoiser.config, MMDiTConfig)
-        return {f"denoiser.{name}": tensor for name, tensor in sd3_state_to_mmdit(state, denoiser.config).items()}
+        ours = sd3_state_to_mmdit(state, denoiser.config, strict=strict)
+        return {f"denoiser.{name}": tensor for name, tensor in ours.items()}
     if source.class_name == DIT:
         state = dict(_without_copies(state))
     if source.class_name in AUTOENCODERS:

@@ -89,6 +89,12 @@ def lpl(
 
     From one pre-trained checkpoint a paradigm, training goes on with and without it; on DDPM-eps also with its rivals and
     options. All on the shipped emoji. Stop it with Ctrl-C; the same command goes on.
+
+    \b
+    Examples:
+      loupe experiment lpl --dry-run
+      loupe experiment lpl --smoke --out runs/smoke
+      loupe experiment lpl --report-only
     """
     size = SMOKE if smoke else FULL
     size = replace(

@@ -22,12 +22,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ops.bench.codecs import PUBLISHED
 from ops.bench.layouts import LiveTensors
@@ -35,6 +32,7 @@ from ops.bench.lpl_variants import PLAIN, variants
 from ops.bench.recipes import CUT_WIDTHS
 from trainer.config import ParadigmConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
+from trainer.flops import Flops
 from trainer.losses.gate import inside
 from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
 from trainer.models.autoencoders import Codec
@@ -44,15 +42,6 @@ from trainer.rng import spread_uniform
 TAU = 3.0
 MIB = 1 << 20
 RANKS, PER_RANK = 64, 25
-_ATEN = torch.ops.aten
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    # what attention is called on a CPU, of which torch has no formula
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
-}
 
 
 @dataclass
@@ -111,20 +100,6 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-class Flops(TorchDispatchMode):
-    """torch's formulas for each operation that runs. Its own `FlopCounterMode` follows modules as well, by hooks that do not
-    go with `autograd.grad`."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def flops_of(run: Callable[[], object]) -> int:

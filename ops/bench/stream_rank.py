@@ -23,7 +23,7 @@ from trainer.bad_data import BadData
 from trainer.bad_shards import BadShardRecord
 from trainer.config import RunConfig
 from trainer.errors import ExitCode, UserError
-from trainer.metrics import Exporter
+from trainer.exporter import Exporter
 from trainer.parallel.agreement import Agreement
 from trainer.parallel.world import init_world
 from trainer.preemption import SIGNALS, StopRequest

@@ -25,6 +25,9 @@ from trainer.config_text import with_overrides
 from trainer.errors import ExitCode
 from trainer.parallel.world import World
 
+pytestmark = pytest.mark.slow
+"""Of ranks that train: a minute and more."""
+
 EXACT = 1e-10
 """In float64. In float32, 1e-5 until the discriminator begins."""
 BY_SAMPLE = "task.discriminator={start_step: 3, width: 8, num_layers: 1, adaptive_weight: false, norm: "

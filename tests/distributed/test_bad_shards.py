@@ -115,6 +115,7 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_them_and_a_resume_repeats_it(runs: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, ranks = runs
     for seen in ranks:
@@ -134,6 +135,7 @@ def test_a_run_goes_on_without_them_and_a_resume_repeats_it(runs: tuple[Path, li
         assert "cannot be read (missing_shard)" in told[0]
 
 
+@pytest.mark.slow
 def test_a_start_from_before_they_were_found_leaves_them_out_from_the_same_step_on(
     runs: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_start_from_before_they_were_found_leaves_them_out_from_the_same_step_
     assert state_of(folder / "lost")["bad_shards"] == state_of(folder / "straight")["bad_shards"]
 
 
+@pytest.mark.slow
 def test_too_many_end_the_run_and_are_named(runs: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, ranks = runs
     for seen in ranks:
@@ -153,6 +156,7 @@ def test_too_many_end_the_run_and_are_named(runs: tuple[Path, list[dict[str, Any
         assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_their_state_is_small(runs: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = runs
     assert len(json.dumps(state_of(folder / "straight")["bad_shards"])) < 100

@@ -69,8 +69,13 @@ def train(world: World, config: RunConfig, url: str, *, stop_after: int = 0, fai
     stop = StopRequest()
     run = Run(config, RunFolder(url), world, stop)
     forward_backward, fs = run.task.forward_backward, FailingOnce()
+    out: dict[str, Any] = {}
+
+    def newest() -> float | None:
+        return run.exporter.registry.get_sample_value("loupe_checkpoint_last_success_timestamp_seconds")
 
     def before_step(batch: Any, plan: Any, scale: float) -> Any:
+        out.setdefault("saved before", newest())
         if plan.step == stop_after - 2 and world.rank == world.size - 1:
             stop.received = "SIGTERM"  # heard of by all at the next step's end
         if plan.step == stop_after - 1:
@@ -81,7 +86,6 @@ def train(world: World, config: RunConfig, url: str, *, stop_after: int = 0, fai
     run._draw_curves = lambda: None  # type: ignore[method-assign]  # half of such a run's time, and no matter here
     if fail and world.is_main:
         run.trainer.checkpoints.folder.fs = fs if fail == "once" else FailingFileSystem("COMMIT", 5)
-    out: dict[str, Any] = {}
     try:
         out["code"] = run.train()
     except Exception as e:
@@ -90,7 +94,7 @@ def train(world: World, config: RunConfig, url: str, *, stop_after: int = 0, fai
     out["failures"] = run.exporter.registry.get_sample_value(
         "loupe_checkpoint_failures_total", {"operation": "save"}
     )  # fmt: skip
-    out["saved"] = run.exporter.registry.get_sample_value("loupe_checkpoint_last_success_timestamp_seconds")
+    out["saved"] = newest()
     run.exporter.close()
     world.barrier()  # no rank was left in a collective of the run
     return out
@@ -205,7 +209,8 @@ def test_saving_in_the_background_changes_nothing(base: Path, two: list[dict[str
 
 def test_failing_storage_ends_all_ranks_at_one_step(base: Path, two: list[dict[str, Any]]) -> None:
     by_rank = [seen["failing"] for seen in two]
-    assert by_rank[0] == by_rank[1]
+    # a run's own metrics are rank 0's alone
+    assert by_rank[1] == {**by_rank[0], "failures": None, "saved": None, "saved before": None}
     assert by_rank[0]["error"].startswith("CheckpointError: ")
     assert "COMMIT: cannot be written" in by_rank[0]["error"]
     assert 4 < by_rank[0]["step"] <= 8  # after the save of step 4 began, at the latest when the next was to begin
@@ -215,9 +220,10 @@ def test_failing_storage_ends_all_ranks_at_one_step(base: Path, two: list[dict[s
 
 
 def test_the_save_at_a_stop_is_made_though_the_one_before_failed(base: Path, two: list[dict[str, Any]]) -> None:
-    for seen in (rank["failing at the stop"] for rank in two):
-        assert (seen["code"], seen["step"], seen["failures"]) == (ExitCode.REQUEUE, 6, 1)
-        assert seen["saved"] > 0
+    by_rank = [seen["failing at the stop"] for seen in two]
+    assert [(seen["code"], seen["step"]) for seen in by_rank] == [(ExitCode.REQUEUE, 6)] * 2
+    assert by_rank[0]["failures"] == 1
+    assert by_rank[0]["saved"] > 0
     assert checkpoints(base / "at_stop") == [6]
 
 
@@ -231,6 +237,10 @@ def test_two_ranks_to_one_to_two(
     assert [RunFolder(str(base / "elastic")).read_json(f"attempts/000{i}.json")["world_size"] for i in range(3)] == [
         2, 1, 2,
     ]  # fmt: skip
+    # the age of the checkpoint that it goes on from is told before there is a newer one
+    assert two[0]["elastic"]["saved before"] == 0
+    assert one["elastic"]["saved before"] == pytest.approx(two[0]["elastic"]["saved"], abs=5.0)
+    assert two_again[0]["elastic"]["saved before"] == pytest.approx(one["elastic"]["saved"], abs=5.0)
     changed, undisturbed = losses(str(base / "elastic")), losses(str(base / "undisturbed"))
     assert len(changed) == len(undisturbed) == 60
     for step, (x, y) in enumerate(zip(changed, undisturbed, strict=True)):

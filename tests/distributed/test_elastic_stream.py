@@ -23,6 +23,9 @@ from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+"""Of ranks that train or measure: half a minute and more."""
+
 STEPS = 13
 PHASES = ("low_resolution", "full_resolution", "perceptual")
 UNET = (

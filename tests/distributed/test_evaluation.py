@@ -21,8 +21,8 @@ from tests.numerics.lpips_reference import random_weights
 from tests.stage1 import GRADIENT, checkpoint, losses, stage1, unequal
 from trainer.config import LPIPSConfig, RunConfig
 from trainer.errors import ExitCode, UserError
-from trainer.evaluate.metrics import frechet_distance
-from trainer.evaluate.reconstruction import ssim
+from trainer.evaluate.metrics.frechet import frechet_distance
+from trainer.evaluate.metrics.images import ssim
 from trainer.evaluate.reconstruction_run import BATCH
 from trainer.metric_names import DETAILS
 from trainer.models.autoencoders import Codec
@@ -33,6 +33,9 @@ from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
 from trainer.tasks.autoencoder import AutoencoderTask
 from trainer.tensors import images_to_pixels, pixels_to_images
+
+pytestmark = pytest.mark.slow
+"""Of ranks that train or measure: half a minute and more."""
 
 COUNT = 11
 """Images: neither ranks nor batches divide it."""

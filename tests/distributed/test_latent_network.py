@@ -19,7 +19,9 @@ from trainer.config import LatentLPIPSConfig, LatentNetworkConfig, RunConfig
 from trainer.config_text import with_overrides
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
-from trainer.export import export_autoencoder, export_latent_network, export_run
+from trainer.export.autoencoder import export_autoencoder
+from trainer.export.latent_network import export_latent_network
+from trainer.export.run import export_run
 from trainer.losses.latent_lpips import LatentLPIPSLoss
 from trainer.models.latent_network_files import LatentNetworkInfo, read_latent_network, write_latent_network
 from trainer.models.latent_vgg import LatentVGG

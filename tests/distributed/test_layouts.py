@@ -28,6 +28,9 @@ from trainer.parallel.world import World
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tensors import full, local
 
+pytestmark = pytest.mark.slow
+"""Of ranks that train: a minute and more."""
+
 STEPS = (  # the demo's three phases; few of the dear ones
     "phases.low_resolution.steps=14",
     "phases.full_resolution.steps=4",

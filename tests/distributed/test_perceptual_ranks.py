@@ -16,6 +16,9 @@ from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+"""Of ranks that train or measure: half a minute and more."""
+
 STEPS = 5
 SHORT = (
     "phases.low_resolution.steps=1",

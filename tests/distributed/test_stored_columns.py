@@ -29,6 +29,9 @@ from trainer.models.frozen_encoder import FrozenEncoder
 from trainer.parallel.world import World
 from trainer.precompute import LoadCodec, LoadText, latents_column, text_column, text_revision
 
+pytestmark = pytest.mark.slow
+"""Of ranks that train or measure: half a minute and more."""
+
 CODEC = resolve_url("repo://trainer/assets/demo_autoencoder")
 SHORT = (
     "phases.low_resolution.steps=2", "phases.full_resolution.steps=2", "phases.perceptual.steps=2",

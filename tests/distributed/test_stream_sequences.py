@@ -19,7 +19,8 @@ def check(result: Result) -> None:
     assert result.again <= result.kills * SAVE_EVERY or result.damages
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2])
 def test_no_sample_is_lost_or_repeated(whole: Path, tmp_path: Path, seed: int) -> None:
     result = sequence(tmp_path / "x", whole, seed)
     check(result)

@@ -23,10 +23,13 @@ from tests.tiny import tiny
 from trainer.config import CODE_ROOT, RunConfig
 from trainer.config_text import with_overrides
 from trainer.errors import ExitCode, UserError
-from trainer.export import export_autoencoder
+from trainer.export.autoencoder import export_autoencoder
 from trainer.models.autoencoders import Codec
 from trainer.recipes import load
 from trainer.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+"""Of ranks that train: a minute and more."""
 
 EMOJI = str(CODE_ROOT / "data" / "assets" / "emoji_64")
 SHORT = ("phases.low_resolution.steps=2", "phases.full_resolution.steps=2", "phases.perceptual.steps=2")
@@ -144,7 +147,6 @@ def test_pictures_do_not_disturb_training(runs) -> None:
     assert len(list((folder / "many_pictures" / "samples").iterdir())) == 6
 
 
-@pytest.mark.slow
 def test_an_autoencoder_is_trained_and_exported_for_diffusers(runs, tmp_path) -> None:
     folder, codes = runs
     assert codes["autoencoder"] == ExitCode.DONE

@@ -117,9 +117,9 @@ def beside(run: Run, *, offload: bool) -> EMA:
     """Another average of the same weights, updated in step with the run's."""
     twin = EMA(run.task.module, offload=offload)
 
-    def update(original: Callable[..., None], decay: float, skip: Tensor) -> None:
-        original(decay, skip)
-        twin.update(decay, skip)
+    def update(original: Callable[..., None], decay: float, skip: Tensor, steps: int) -> None:
+        original(decay, skip, steps)
+        twin.update(decay, skip, steps)
 
     def wait_for_copy(original: Callable[[], None]) -> None:
         original()

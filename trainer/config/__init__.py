@@ -36,6 +36,7 @@ from trainer.config.run import (
     RunConfig,
     check_layout,
     check_shape,
+    check_sinks,
     config_digest,
     differences,
     differences_in_words,
@@ -61,6 +62,7 @@ from trainer.config.task import (
     UNetConfig,
 )
 from trainer.config.training import (
+    BasicAuthConfig,
     CheckpointConfig,
     EMAConfig,
     InitFromConfig,
@@ -74,11 +76,13 @@ from trainer.config.training import (
     ReconstructionsConfig,
     SamplesConfig,
     SpikeConfig,
+    TLSConfig,
+    ValidationConfig,
     WatchdogConfig,
 )
 
 __all__ = [
-    "CODE_ROOT", "AsymmetricKLModelConfig", "AutoencoderConfig", "AutoencoderModelConfig", "ByteTextConfig",
+    "CODE_ROOT", "AsymmetricKLModelConfig", "AutoencoderConfig", "AutoencoderModelConfig", "BasicAuthConfig", "ByteTextConfig",
     "CheckpointConfig", "ClassLabelConfig", "CodebookConfig", "CodecConfig", "ConsistencyConfig", "CropConfig",
     "DataConfig", "DatasetConfig", "DecodedRGBConfig", "DenoiserConfig", "DiTConfig", "DiscriminatorConfig",
     "EMAConfig", "EncoderConfig", "EquivarianceConfig", "FrozenTextConfig", "ImageSpaceConfig",
@@ -87,7 +91,7 @@ __all__ = [
     "MetricsConfig", "OptimConfig", "OutlierPenaltyConfig", "ParadigmConfig", "ParallelConfig",
     "PerceptualConfig", "PhaseConfig", "PhasePerceptualConfig", "PixArtConfig", "PromptAccuracyConfig",
     "RateScheduleConfig", "ReconstructionsConfig", "ReweightingConfig", "RunConfig", "SampledConfig",
-    "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TextConfig", "UNetConfig",
-    "VQModelConfig", "WatchdogConfig", "check_layout", "check_shape", "config_digest", "differences",
-    "differences_in_words", "explain_digests", "replace", "resolve_url", "run_digest", "size_multiple",
+    "SamplesConfig", "Section", "SelfPerceptualConfig", "SpikeConfig", "TLSConfig", "TextConfig", "UNetConfig",
+    "VQModelConfig", "ValidationConfig", "WatchdogConfig", "check_layout", "check_shape", "check_sinks", "config_digest",
+    "differences", "differences_in_words", "explain_digests", "replace", "resolve_url", "run_digest", "size_multiple",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from trainer.config.autoencoder import AutoencoderConfig
 from trainer.config.data import DataConfig
+from trainer.config.sampling import MOST_DDPM_STEPS, samplers_of
 from trainer.config.section import NonNegativeInt, Section
 from trainer.config.task import LatentDiffusionConfig, LatentNetworkConfig, TaskConfig
 from trainer.config.training import (
@@ -22,6 +24,7 @@ from trainer.config.training import (
     PromptAccuracyConfig,
     ReconstructionsConfig,
     SamplesConfig,
+    ValidationConfig,
     WatchdogConfig,
 )
 from trainer.errors import UserError
@@ -48,6 +51,8 @@ class RunConfig(Section):
     prompt_accuracy: PromptAccuracyConfig | None = None
     reconstructions: ReconstructionsConfig | None = None
     """Evaluation of what the autoencoder task trains."""
+    validation: ValidationConfig | None = None
+    """Loss at fixed noise levels; latent diffusion only."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "RunConfig":
@@ -65,13 +70,14 @@ class RunConfig(Section):
                     f"phases.{i}.perceptual: belongs to the latent_diffusion task, this is {self.task.kind}"
                 )
         for field, kind in (("samples", "latent_diffusion"), ("prompt_accuracy", "latent_diffusion"),
-                            ("reconstructions", "autoencoder")):  # fmt: skip
+                            ("validation", "latent_diffusion"), ("reconstructions", "autoencoder")):  # fmt: skip
             if getattr(self, field) and self.task.kind != kind:
                 raise ValueError(f"{field}: belongs to the {kind} task, this is {self.task.kind}")
         _check_sizes(self.task, self.phases)
         self._check_stored()
         if self.task.kind == "latent_diffusion":
             self._check_sampling(self.task)
+            self._check_validation(self.task)
             perceptual = self.task.perceptual
             if self.data.buckets and perceptual.kind == "latent_lpips" and perceptual.augment:
                 raise ValueError(
@@ -98,13 +104,21 @@ class RunConfig(Section):
         if data.text_states and not (task.kind == "latent_diffusion" and task.text.kind == "frozen"):
             raise ValueError("data.text_states: are of frozen text encoders, task.text.kind=frozen; leave it out")
 
+    def _check_validation(self, task: LatentDiffusionConfig) -> None:
+        side = self.validation.resolution if self.validation else None
+        if side is not None:
+            try:
+                _check_resolutions(task, (self.phases[-1].model_copy(update={"resolution": side}),))
+            except ValueError as e:
+                raise ValueError(f"validation.resolution: {str(e).removeprefix('phases.0.resolution: ')}") from None
+
     def _check_sampling(self, task: LatentDiffusionConfig) -> None:
         paradigm, samples = task.paradigm, self.samples
-        if samples and (samples.sampler == "ddim") == (paradigm.kind == "flow"):
-            raise ValueError(f"samples.sampler: {samples.sampler} does not go with {paradigm.kind}; euler, heun and rk4 go "
-                             "with flow, ddim with ddpm_eps and ddpm_v")  # fmt: skip
-        if samples and paradigm.kind != "flow" and samples.num_steps > 1000:
-            raise ValueError(f"samples.num_steps: {samples.num_steps} is more than the schedule's 1000")
+        if samples and samples.sampler not in samplers_of(paradigm.kind):
+            raise ValueError(f"samples.sampler: {samples.sampler} does not go with {paradigm.kind}; take "
+                             f"{' or '.join(samplers_of(paradigm.kind))}")  # fmt: skip
+        if samples and paradigm.kind != "flow" and samples.num_steps > MOST_DDPM_STEPS:
+            raise ValueError(f"samples.num_steps: {samples.num_steps} is more than the schedule's {MOST_DDPM_STEPS}")
         if self.prompt_accuracy and not samples:
             raise ValueError("prompt_accuracy: needs samples, whose sampler it uses; set samples, or "
                              "prompt_accuracy=null")  # fmt: skip
@@ -211,7 +225,7 @@ def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...])
 
 # -------------------------------------------------------------------------------------------------- a config as a whole
 
-REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "name", "watchdog")
+REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "validation", "name", "watchdog")
 NO_NUMBERS = {
     "data": (
         "num_workers", "prefetch_steps", "prefetch_shards", "timeout_s", "cache_dir", "cache_gib", "max_bad_samples",
@@ -222,7 +236,7 @@ NO_NUMBERS = {
     "task.text": ("cache_mib",),
     "task.perceptual": ("chunk_size",),
     "task.perceptual.of": ("chunk_size",),
-    "ema": ("offload",),
+    "ema": ("offload", "snapshot_steps", "snapshot_dtype", "keep_snapshots"),
     "parallel": (
         "replicas", "reshard_after_forward", "micro_batch_size", "keep_gathered", "activation_checkpointing", "compile",
         "num_threads",
@@ -247,6 +261,8 @@ def _numbers(config: RunConfig) -> dict[str, Any]:
             (section or {}).pop(field, None)  # not every run has such a section, nor every kind of it the field
     for dataset in tree["data"]["datasets"].values():
         dataset.pop("fetch")
+    if not config.ema.profiles:
+        tree["ema"].pop("profiles")  # a run's digest stays what it was before there were any
     task = config.task
     if (task.kind == "latent_diffusion" and task.perceptual.kind == "lpl" and task.perceptual.by_micro_batch) or (
         task.kind == "autoencoder" and task.by_micro_batch
@@ -307,6 +323,20 @@ def _word(value: Any) -> str:
     if isinstance(value, dict):
         return "set"
     return "absent" if value is None else json.dumps(value).strip('"')
+
+
+def check_sinks(config: RunConfig) -> None:
+    """Whether the packages of `metrics.sinks` are there.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in config.metrics.sinks:
+        if find_spec(name) is None:
+            raise UserError(
+                f"metrics.sinks: the package {name} is not installed; pip install -e '.[{name}]' in the checkout, or leave "
+                "it out"
+            )
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:

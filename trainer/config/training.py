@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from trainer.config.data import DatasetConfig
 from trainer.config.perceptual import LPIPSConfig
+from trainer.config.sampling import SamplerName
 from trainer.config.section import NonNegativeFloat, NonNegativeInt, Probability, Section
 
 # ------------------------------------------------------------------------------------------------------------- schedule
@@ -144,7 +145,29 @@ class EMAConfig(Section):
     start_step: NonNegativeInt = 0
     """Until then the average is the model itself."""
     offload: bool = False
-    """Keep the average in host memory: saves the device one copy of this rank's shard, costs a transfer a step."""
+    """Keep the averages in host memory: saves the device one copy of this rank's shard for each, costs a transfer a step."""
+    profiles: Annotated[tuple[Annotated[float, Field(gt=0, le=0.25)], ...], Field(max_length=4)] = ()
+    """Power-function averages kept beside the plain one, by their width sigma_rel, a share of the run (Karras et al. 2024,
+    section 3.1). With two, such as [0.05, 0.10], averages of other widths can be made afterwards (docs/ema.md). Each takes
+    what the plain one takes: 4 bytes a parameter over the ranks."""
+    snapshot_steps: PositiveInt | None = None
+    """Steps from one snapshot of the profiles to the next, into the run folder's ema/, and one at the run's end. A hundred
+    over a run are plenty, twenty do. Absent: the profiles are in the checkpoints alone."""
+    snapshot_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """float16 suffices (section 3.2); values that it cannot hold are written as float32, with a warning."""
+    keep_snapshots: Annotated[int, Field(ge=2)] | None = None
+    """The newest so many stay; absent: all."""
+
+    @model_validator(mode="after")
+    def _snapshots_of_something(self) -> "EMAConfig":
+        if len(set(self.profiles)) < len(self.profiles):
+            raise ValueError(f"profiles: each width once, got {', '.join(f'{width:g}' for width in self.profiles)}")
+        if self.snapshot_steps and len(self.profiles) < 2:
+            raise ValueError(
+                "snapshot_steps: are of two or more profiles, from which other widths are made; set profiles=[0.05, 0.1], "
+                "or leave it out"
+            )
+        return self
 
 
 class ParallelConfig(Section):
@@ -205,6 +228,31 @@ class WatchdogConfig(Section):
     """Anything between two steps: a save that waits, a restore, samples, an evaluation, the end."""
 
 
+class TLSConfig(Section):
+    """Files on every machine of the job, in PEM."""
+
+    certificate: str
+    key: str
+    client_ca: str | None = None
+    """Who asks must show a certificate of this authority."""
+
+
+class BasicAuthConfig(Section):
+    """A name and a password that whoever asks for /metrics must give. The password itself stands in no config."""
+
+    username: Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")]
+    password_file: str | None = None
+    """Whose first line it is, on every machine of the job;"""
+    password_variable: str | None = None
+    """or the environment variable that holds it, on every machine."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "BasicAuthConfig":
+        if (self.password_file is None) == (self.password_variable is None):
+            raise ValueError("name one of password_file and password_variable")
+        return self
+
+
 class MetricsConfig(Section):
     every_steps: PositiveInt = 10
     """Steps between two reads of the device's accumulated values."""
@@ -213,10 +261,28 @@ class MetricsConfig(Section):
     two windows in a row; null: none is."""
     straggler_steps: PositiveInt = 50
     """Steps of such a window, at least."""
-    bind_address: str = "127.0.0.1"
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Other places that get every interval's figures, from rank 0; each needs its package, an extra of Loupe."""
+    peak_flops: PositiveFloat | None = None
+    """Operations a second that one device can do, for the MFU; absent: from a table by the device's name, else measured."""
+    bind_address: str | None = None
+    """Where /metrics listens; absent: on all addresses in a job of SLURM or Kubernetes, else for this machine alone."""
     port: NonNegativeInt = 0
-    """Port of /metrics of a machine's first rank, the next ones of its others; 0: any free one, written into the run
-    folder."""
+    """Port of /metrics of a machine's first rank, the next ones of its others; one that is taken makes way for the next free
+    one. 0: any free one. Where each rank answers is written into the run folder."""
+    tls: TLSConfig | None = None
+    """Absent: /metrics is plain HTTP."""
+    auth: BasicAuthConfig | None = None
+    """Absent: whoever reaches /metrics may read it."""
+    discovery_dir: str | None = None
+    """Folder on a disk that Prometheus sees too, for its file_sd: a file a run; absent: $LOUPE_DISCOVERY_DIR, or none."""
+
+    @field_validator("discovery_dir")
+    @classmethod
+    def _check_discovery_dir(cls, path: str | None) -> str | None:
+        if path is not None and ("://" in path or not path.startswith("/")):
+            raise ValueError(f"{path}: a whole path on a disk; for object storage there is `loupe discovery serve`")
+        return path
 
 
 class SamplesConfig(Section):
@@ -224,11 +290,22 @@ class SamplesConfig(Section):
     prompts: tuple[str, ...] = ()
     """Absent: captions of the training data."""
     count: PositiveInt = 16
-    sampler: Literal["ddim", "euler", "heun", "rk4"]
-    """ddim for DDPM; euler, heun (two network evaluations a step) and rk4 (four) for flow."""
+    sampler: SamplerName
     num_steps: PositiveInt = 50
     guidance_scale: PositiveFloat = 2.0
+    guidance_interval: tuple[Probability, Probability] | None = None
+    """Guidance is applied at times from the first to the second, as shares of the diffusion's time: 0 is data, 1 noise
+    (Kynkaanniemi et al. 2024). Absent: always."""
+    guidance_rescale: Probability = 0.0
+    """phi of Lin et al. 2024, section 3.4: how far the guided prediction's deviation goes back to the conditional one's."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> "SamplesConfig":
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            first, last = self.guidance_interval
+            raise ValueError(f"guidance_interval: {first:g} to {last:g} is empty; give the smaller time first")
+        return self
 
 
 class ReconstructionsConfig(Section):
@@ -246,6 +323,25 @@ class ReconstructionsConfig(Section):
     """File with EfficientNet-Lite0's weights, for the Frechet distance (which on its features is not FID); absent: none."""
     lpips: LPIPSConfig | None = None
     """Absent: that of `task.lpips`, if there is one."""
+
+
+class ValidationConfig(Section):
+    """Loss of the averaged weights at fixed noise levels, of the same images with the same noise each time, at intervals and
+    at the end. Latent diffusion only."""
+
+    every_steps: PositiveInt = 1000
+    dataset: DatasetConfig | None = None
+    """Held-out images, taken evenly over it; absent: the first of the run's own, which it trains on."""
+    count: Annotated[int, Field(ge=2, le=1 << 20)] = 256
+    """Images."""
+    levels: Annotated[int, Field(ge=1, le=64)] = 8
+    """Noise levels: the centres of so many equal parts of the diffusion's time."""
+    resolution: PositiveInt | None = None
+    """Side of the images, in pixels; absent: that of the phase that is being trained."""
+    seed: NonNegativeInt = 0
+    """Of the noise."""
+    batch_size: PositiveInt = 16
+    """Images of one forward pass. Values depend on it by rounding, and not on the number of ranks."""
 
 
 class PromptAccuracyConfig(Section):

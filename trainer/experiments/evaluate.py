@@ -27,8 +27,9 @@ from data.reader import open_dataset
 from data.transforms import training_image
 from trainer.config import InitFromConfig, LatentDiffusionConfig, LPIPSConfig, RunConfig, replace, resolve_url
 from trainer.config_text import from_yaml
+from trainer.diffusion.guidance import Guidance, guided
 from trainer.diffusion.paradigms import FlowOT, Paradigm
-from trainer.diffusion.samplers import build_sampler, guided
+from trainer.diffusion.samplers import build_sampler
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
 from trainer.evaluate import metrics
@@ -235,10 +236,11 @@ def sample(task: LatentDiffusionTask, captions: Sequence[str], size: dict[str, A
         )
 
         def predict(zt: Tensor, t_B: Tensor, condition: Condition = condition) -> Tensor:
-            out: Tensor = task.module(zt, paradigm.model_time(t_B), condition)
+            out: Tensor = task.module(zt, paradigm.model_time(t_B), condition.first(len(zt)))
             return out.float()
 
-        latents.append(sampler(guided(predict, size["guidance_scale"]), paradigm, noise, size["sampling_steps"]))
+        guidance = Guidance(size["guidance_scale"])
+        latents.append(sampler(guided(predict, guidance), paradigm, noise, size["sampling_steps"]))
     return torch.cat(latents)
 
 

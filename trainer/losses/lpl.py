@@ -142,6 +142,14 @@ class LatentPerceptualLoss(PerceptualLoss):
         term_names = ["gate", *(f"lpl_{name}" for name in names)]
         return injected(z0_hat_BCHW, rows, value, term_names=term_names, chunk_size=self.config.chunk_size)
 
+    @torch.no_grad()
+    def measure(
+        self, z0_hat_BCHW: Tensor, z0_BCHW: Tensor, noise_level_B: Tensor, context: PerceptualContext
+    ) -> Tensor:
+        """Of whole images and all used maps, without what training estimates it by."""
+        chunks = zip(z0_hat_BCHW.split(self.config.chunk_size), z0_BCHW.split(self.config.chunk_size), strict=True)
+        return torch.cat([self.of_features(self.decoder(z0_hat), self.decoder(z0))[0] for z0_hat, z0 in chunks])
+
     def end_step(self, keep: Tensor) -> None:
         if self.sampler:
             self.sampler.end_step(keep)

@@ -1,10 +1,12 @@
 """What the latent perceptual loss and its rivals share: one signature, so that a recipe swaps one for another by a word."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from trainer.diffusion.paradigms import Paradigm
@@ -51,6 +53,17 @@ class PerceptualLoss(nn.Module, ABC):
             z0_hat_BCHW, z0_BCHW: scaled latents.
             noise_level_B: sigma/alpha, on the host, so that the gate is known there and nothing waits for the device.
         """
+
+    is_measured: bool = True
+    """Whether `measure` says something that the denoising loss does not."""
+
+    @torch.no_grad()
+    def measure(
+        self, z0_hat_BCHW: Tensor, z0_BCHW: Tensor, noise_level_B: Tensor, context: PerceptualContext
+    ) -> Tensor:
+        """The loss of each sample (B,), of all of them whatever their noise level, for a validation: nothing that training
+        goes by is changed. Where the module is sharded, a collective."""
+        return self(z0_hat_BCHW, z0_BCHW, noise_level_B, replace(context, threshold=math.inf))[0]  # type: ignore[no-any-return]
 
     def check(self, resolution: int) -> list[str]:
         """Before the first step: warnings to print.

@@ -19,6 +19,7 @@ class Reweighting(PerceptualLoss):
     """
 
     name = "reweighting"
+    is_measured = False
 
     def __init__(self, config: ReweightingConfig, lpl: PerceptualLoss | None) -> None:
         """`lpl`: whose variance is measured; None where the ratio is given."""

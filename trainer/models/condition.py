@@ -1,7 +1,9 @@
 """What a denoiser is told beside the timestep. B batch, L text tokens, T and P widths of tokens and pooled text."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -14,3 +16,23 @@ class Condition:
     """True at tokens that are not padding; None: all are real."""
     labels_B: Tensor | None = None
     """Class numbers, int64, where the run is on classes; the number of classes itself stands for no class."""
+
+    def first(self, count: int) -> "Condition":
+        """Of the first so many samples."""
+        return _of([None if x is None else x[:count] for x in _tensors(self)])
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """Of all their samples, in order; one encoder's, so alike in length."""
+    parts = zip(*map(_tensors, conditions), strict=True)
+    return _of([None if part[0] is None else torch.cat(part) for part in parts])
+
+
+def _tensors(condition: Condition) -> list[Tensor | None]:
+    return [getattr(condition, field.name) for field in fields(condition)]
+
+
+def _of(tensors: Sequence[Tensor | None]) -> Condition:
+    tokens_BLT, *others = tensors
+    assert tokens_BLT is not None
+    return Condition(tokens_BLT, *others)

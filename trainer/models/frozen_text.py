@@ -113,8 +113,14 @@ class FrozenText(TextEncoder):
 
     frozen = True
 
-    def __init__(self, config: FrozenTextConfig, device: torch.device = CPU, *, field: str = "task.text") -> None:
+    def __init__(
+        self, config: FrozenTextConfig, device: torch.device = CPU, *, field: str = "task.text",
+        encoders: Sequence[FrozenEncoder] = (),
+    ) -> None:  # fmt: skip
         """Load onto `device`.
+
+        Args:
+            encoders: those of the config, where they are there already.
 
         Raises:
             UserError: an encoder's files are missing, damaged, or not what the config declares.
@@ -125,8 +131,11 @@ class FrozenText(TextEncoder):
         self.token_width, self.pooled_width = config.width, config.pooled_width
         self.dropouts = tuple(encoder.dropout for encoder in config.encoders)
         self.encoders = nn.ModuleList(
-            load_encoder(encoder, f"{field}.encoders.{i}", dtype).to(device)
-            for i, encoder in enumerate(config.encoders)
+            encoders
+            or [
+                load_encoder(encoder, f"{field}.encoders.{i}", dtype).to(device)
+                for i, encoder in enumerate(config.encoders)
+            ]
         )
         self.cache = StateCache(config.cache_mib << 20) if config.cache_mib else None
         self._on_the_way: list[_OnTheWay] = []

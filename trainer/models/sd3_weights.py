@@ -148,33 +148,38 @@ def sd3_config(arguments: Mapping[str, Any]) -> MMDiTConfig:
     )
 
 
-def sd3_state_to_mmdit(state: Mapping[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
+def sd3_state_to_mmdit(state: Mapping[str, Tensor], config: MMDiTConfig, *, strict: bool = True) -> dict[str, Tensor]:
     """State dict of an `MMDiT` of this config, from that of an `SD3Transformer2DModel`.
 
     Widths of latents and text are not looked at: `load_state_dict`, or who picks tensors by name, compares shapes.
+
+    Args:
+        strict: Off: what is missing is left out, and what has no place keeps its own name, for a report to tell.
 
     Raises:
         UserError: the weights are of another layout, in one line that names both; or tensors are missing or left over.
     """
     _check_kind(config)
-    _check_layout(state, config)
+    _check_layout(state, config, strict=strict)
     left_over = set(state) - {POSITIONS}
     loaded: dict[str, Tensor] = {}
     for ours in _our_names(config):
         names = _names(ours)
         missing = [name for name in names if name not in state]
-        if missing:
+        if missing and strict:
             raise UserError(
                 f"{missing[0]}: missing from the SD3 weights, wanted for {ours}; are they of another layout?"
             )
+        if missing:
+            continue
         left_over -= set(names)
         joined = torch.cat([state[name] for name in names]) if len(names) > 1 else state[names[0]]
         loaded[ours] = _swap_halves(ours, joined, config.num_blocks)
-    if left_over:
+    if left_over and strict:
         raise UserError(
             f"{min(left_over)}: {len(left_over)} SD3 tensors have no place in MMDiT; are they of another layout?"
         )
-    return loaded
+    return loaded | {name: state[name] for name in sorted(left_over)}
 
 
 def mmdit_from_diffusers(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> MMDiT:
@@ -194,15 +199,15 @@ def mmdit_from_diffusers(arguments: Mapping[str, Any], state: Mapping[str, Tenso
     return model
 
 
-def _check_layout(state: Mapping[str, Tensor], config: MMDiTConfig) -> None:
-    """What the tensors themselves tell of their layout, against the config's."""
-    found = dict(_layout_of(state))
+def _check_layout(state: Mapping[str, Tensor], config: MMDiTConfig, *, strict: bool) -> None:
+    """What the tensors themselves tell of their layout, against the config's; not strictly, the positions alone."""
+    found = dict(_layout_of(state)) if strict else {}
     wanted = {name: getattr(config, name) for name in found}
     differing = [name for name in found if found[name] != wanted[name]]
     if differing:
         theirs, ours = (", ".join(f"{name} {side[name]}" for name in differing) for side in (found, wanted))
         raise UserError(f"task.model: the SD3 weights have {theirs}, this model has {ours}; take the weights' layout")
-    if POSITIONS in state:
+    if POSITIONS in state and (strict or math.isqrt(state[POSITIONS].shape[1]) == config.position_grid):
         _check_positions(state[POSITIONS], config)
 
 

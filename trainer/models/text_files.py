@@ -70,7 +70,7 @@ def encoder_files(encoder: EncoderConfig, field: str) -> EncoderFiles:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{field}.url: {encoder.url} cannot be opened ({one_line(e)})") from None
-    reader = _Reader(fs, field)
+    reader = FileReader(fs, f"{field}.url")
     weights = _subfolder(root, encoder.weights_folder, f"{field}.weights_folder")
     tokenizer = _subfolder(root, encoder.tokenizer_folder, f"{field}.tokenizer_folder")
 
@@ -80,23 +80,24 @@ def encoder_files(encoder: EncoderConfig, field: str) -> EncoderFiles:
             "the diffusers pipeline's with weights_folder: text_encoder"
         )
     config = reader.json(f"{weights}/{CONFIG_FILE}", MAX_CONFIG_BYTES)
-    names = _weight_files(reader, weights)
-    tokenizer_names = _tokenizer_files(reader, tokenizer, encoder.family)
+    names = weight_files(reader, weights)
+    tokenizer_names = tokenizer_files(reader, tokenizer, encoder.family, f"{field}.tokenizer_folder")
     if isinstance(fs, LocalFileSystem):
         paths, tokenizer_path = [Path(weights, name) for name in names], Path(tokenizer)
     else:
-        paths = _fetch(reader, weights, names, MAX_WEIGHTS_BYTES)
-        tokenizer_path = _fetch(reader, tokenizer, tokenizer_names, MAX_TOKENIZER_BYTES)[0].parent
+        paths = fetch(reader, weights, names, MAX_WEIGHTS_BYTES)
+        tokenizer_path = fetch(reader, tokenizer, tokenizer_names, MAX_TOKENIZER_BYTES)[0].parent
     return EncoderFiles(weights, config, tuple(paths), tokenizer_path, TOKENIZER_FILE in tokenizer_names)
 
 
 # ------------------------------------------------------------------------------------------------------- what is there
 
 
-class _Reader:
+class FileReader:
     """Looks at and reads files of one file system; failures of storage become `UserError`s that name the field."""
 
     def __init__(self, fs: AbstractFileSystem, field: str) -> None:
+        """`field`: what gave the URL, a field of the config or an option."""
         self.fs, self.field = fs, field
 
     def size(self, path: str) -> int | None:
@@ -106,15 +107,15 @@ class _Reader:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as e:
-            raise UserError(f"{self.field}.url: {path}: cannot be read ({one_line(e)})") from None
+            raise UserError(f"{self.field}: {path}: cannot be read ({one_line(e)})") from None
         return int(info["size"] or 0) if info["type"] == "file" else None
 
     def bounded_size(self, path: str, max_bytes: int) -> int:
         size = self.size(path)
         if size is None:
-            raise UserError(f"{self.field}.url: {path}: no such file; copy the encoder's folder again")
+            raise UserError(f"{self.field}: {path}: no such file; copy the encoder's folder again")
         if size > max_bytes:
-            raise UserError(f"{self.field}.url: {path}: {size} bytes, more than {max_bytes}; is it an encoder's?")
+            raise UserError(f"{self.field}: {path}: {size} bytes, more than {max_bytes}; is it an encoder's?")
         return size
 
     def json(self, path: str, max_bytes: int) -> dict[str, Any]:
@@ -122,11 +123,11 @@ class _Reader:
         try:
             value = json.loads(self.fs.cat_file(path))
         except OSError as e:
-            raise UserError(f"{self.field}.url: {path}: cannot be read ({one_line(e)})") from None
+            raise UserError(f"{self.field}: {path}: cannot be read ({one_line(e)})") from None
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{self.field}.url: {path}: not JSON ({one_line(e)}); copy it again") from None
+            raise UserError(f"{self.field}: {path}: not JSON ({one_line(e)}); copy it again") from None
         if not isinstance(value, dict):
-            raise UserError(f"{self.field}.url: {path}: holds a {type(value).__name__}, not an object; copy it again")
+            raise UserError(f"{self.field}: {path}: holds a {type(value).__name__}, not an object; copy it again")
         return value
 
 
@@ -137,7 +138,7 @@ def _subfolder(root: str, name: str, field: str) -> str:
     return "/".join([root.rstrip("/"), *parts])
 
 
-def _weight_files(reader: _Reader, folder: str) -> list[str]:
+def weight_files(reader: FileReader, folder: str) -> list[str]:
     """Names of the safetensors files: the one, or those that the index names."""
     field = reader.field
     if reader.size(f"{folder}/{WEIGHTS_FILE}") is not None:
@@ -145,23 +146,25 @@ def _weight_files(reader: _Reader, folder: str) -> list[str]:
     elif reader.size(f"{folder}/{INDEX_FILE}") is not None:
         weight_map = reader.json(f"{folder}/{INDEX_FILE}", MAX_TOKENIZER_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{field}.url: {folder}/{INDEX_FILE}: has no weight_map; copy it again")
+            raise UserError(f"{field}: {folder}/{INDEX_FILE}: has no weight_map; copy it again")
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if not SHARD_NAME.fullmatch(name):
-                raise UserError(f"{field}.url: {folder}/{INDEX_FILE}: names {name!r}, which is no safetensors file "
+                raise UserError(f"{field}: {folder}/{INDEX_FILE}: names {name!r}, which is no safetensors file "
                                 "beside it; copy it again")  # fmt: skip
     else:
         pickle = next((name for name in PICKLES if reader.size(f"{folder}/{name}") is not None), None)
         found = f"{pickle} is a pickle, which is never read" if pickle else "there are no weights"
-        raise UserError(f"{field}.url: {folder}/{WEIGHTS_FILE}: no such file, {found}; convert the encoder to "
+        raise UserError(f"{field}: {folder}/{WEIGHTS_FILE}: no such file, {found}; convert the encoder to "
                         "safetensors (load it where you trust it, then save_pretrained)")  # fmt: skip
     for name in names:
         reader.bounded_size(f"{folder}/{name}", MAX_WEIGHTS_BYTES)
     return names
 
 
-def _tokenizer_files(reader: _Reader, folder: str, family: str) -> list[str]:
+def tokenizer_files(reader: FileReader, folder: str, family: str, field: str) -> list[str]:
+    """Names of the tokenizer's files; `field` gave their folder."""
+
     def there(name: str) -> bool:
         return reader.size(f"{folder}/{name}") is not None
 
@@ -174,7 +177,7 @@ def _tokenizer_files(reader: _Reader, folder: str, family: str) -> list[str]:
         hint = f"convert {slow} (AutoTokenizer.from_pretrained, then save_pretrained)" if slow else (
             "give the tokenizer's folder as tokenizer_folder")  # fmt: skip
         wanted = f"{TOKENIZER_FILE}, or {' and '.join(CLIP_FILES)}" if family == "clip" else TOKENIZER_FILE
-        raise UserError(f"{reader.field}.tokenizer_folder: {folder}: has no {wanted}; {hint}")
+        raise UserError(f"{field}: {folder}: has no {wanted}; {hint}")
     names = [*needed, *filter(there, OPTIONAL_TOKENIZER_FILES)]
     for name in names:
         reader.bounded_size(f"{folder}/{name}", MAX_TOKENIZER_BYTES)
@@ -184,11 +187,11 @@ def _tokenizer_files(reader: _Reader, folder: str, family: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ fetching
 
 
-def _fetch(reader: _Reader, folder: str, names: Sequence[str], max_bytes: int) -> list[Path]:
+def fetch(reader: FileReader, folder: str, names: Sequence[str], max_bytes: int) -> list[Path]:
     """Copies of a folder's files in the cache, one folder for each state of what is remote."""
     state = [(f"{folder}/{name}", reader.fs.ukey(f"{folder}/{name}")) for name in names]
     digest = hashlib.blake2b(repr((reader.fs.protocol, state)).encode(), digest_size=12).hexdigest()
-    target = _cache_folder(reader.field) / "text_encoders" / digest
+    target = cache_folder(reader.field) / "text_encoders" / digest
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):  # a node's processes fetch a file once; the kernel releases it on death
@@ -196,11 +199,11 @@ def _fetch(reader: _Reader, folder: str, names: Sequence[str], max_bytes: int) -
                 if not (target / name).exists():
                     _fetch_file(reader, f"{folder}/{name}", target / name, max_bytes)
     except OSError as e:
-        raise UserError(f"{reader.field}.url: {folder}: cannot be fetched into {target} ({one_line(e)})") from None
+        raise UserError(f"{reader.field}: {folder}: cannot be fetched into {target} ({one_line(e)})") from None
     return [target / name for name in names]
 
 
-def _fetch_file(reader: _Reader, path: str, target: Path, max_bytes: int) -> None:
+def _fetch_file(reader: FileReader, path: str, target: Path, max_bytes: int) -> None:
     """Shown under its name only when it is complete."""
     expected, copied = reader.bounded_size(path, max_bytes), 0
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
@@ -220,7 +223,7 @@ def _fetch_file(reader: _Reader, path: str, target: Path, max_bytes: int) -> Non
         Path(temporary).unlink(missing_ok=True)
 
 
-def _cache_folder(field: str) -> Path:
+def cache_folder(field: str) -> Path:
     """`$XDG_CACHE_HOME/loupe` or `~/.cache/loupe`, beside the cached shards; a temporary folder where that is read-only."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loupe"
     try:
@@ -233,5 +236,5 @@ def _cache_folder(field: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"loupe-cache-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():  # in /tmp someone else could have made it, and could swap what it holds
-        raise UserError(f"{field}.url: {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
+        raise UserError(f"{field}: {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     return folder

@@ -3,6 +3,7 @@
 None of them renames a parameter, so a checkpoint fits every layout.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -74,6 +75,13 @@ def apply_compile(units: Sequence[nn.Module]) -> None:
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
     for unit in units:
         unit.compile()
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process so far, forward and backward passes."""
+    # it costs seconds to import, and where nothing has imported it nothing has compiled
+    compiler: Any = sys.modules.get("torch._dynamo.utils")
+    return float(compiler.calculate_time_spent()["total_wall_time"]) if compiler else 0.0
 
 
 def apply_fsdp(module: nn.Module, units: Sequence[nn.Module], world: World, *, reshard_after_forward: bool) -> None:

@@ -8,7 +8,7 @@ import fsspec
 
 from trainer.config import RunConfig
 from trainer.config_text import from_yaml, suggest
-from trainer.errors import UserError
+from trainer.errors import KEYS_MEND, UserError, one_line, storage_errors
 from trainer.recipes import autoencoder, models, paper
 from trainer.recipes.demo import demo, demo_autoencoder, photos, photos_autoencoder
 from trainer.recipes.latent_network import demo_latent_network, latent_network
@@ -70,9 +70,10 @@ def load(name: str) -> RunConfig:
         try:
             with fsspec.open(name, "r") as file:
                 text = file.read()
-        except (OSError, ValueError) as e:
+        except storage_errors(ValueError) as e:
+            keys = f", or {KEYS_MEND}" if "://" in name else ""
             raise UserError(
-                f"{name}: the config cannot be read ({e}); give a recipe's name or a run's config.yaml"
+                f"{name}: the config cannot be read ({one_line(e)}); give a recipe's name or a run's config.yaml{keys}"
             ) from None
         return from_yaml(text, source=name)
     hint = f"; did you mean {name}/config.yaml?" if Path(name).is_dir() else suggest(name, RECIPES)

@@ -148,14 +148,17 @@ class AutoencoderTask(Task):
             noise = normal(self._run.seed, positions, "posterior", shape, device=self._device).to(self._dtype)
         transform = self._transform(plan.step)
         with autocast(self._device):
-            out: Reconstructed = self.module(x, noise, transform and (lambda z: _turned(z, transform)))
+            with self.stages("forward"):
+                out: Reconstructed = self.module(x, noise, transform and (lambda z: _turned(z, transform)))
             if self.config.reconstructs == "latents":
                 gradient: Tensor | None = None
                 terms: dict[str, Tensor] = {}
                 loss_B = torch.zeros(len(x), device=self._device)
             else:
-                loss_B, gradient, terms = self._of_images(images, out, plan, scale)
-            regular_B, of_latents = self._of_latents(images, x, out, transform)
+                with self.stages("perceptual_loss"):
+                    loss_B, gradient, terms = self._of_images(images, out, plan, scale)
+            with self.stages("perceptual_loss", "perceptual_loss"):
+                regular_B, of_latents = self._of_latents(images, x, out, transform)
         if self.codebook and out.quantized:
             self._observe(batch, plan, out)
             terms |= {name: value.expand(len(x)) for name, value in self.codebook.terms().items()}
@@ -166,7 +169,8 @@ class AutoencoderTask(Task):
             # d nll / ds of reconstruction / exp(s) + s
             slope_B = 1.0 - terms["reconstruction"] / out.log_variance.detach().exp()
             roots.append((out.log_variance, scale * slope_B.sum(0, keepdim=True)))
-        torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        with self.stages("backward"):
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         return {"loss": loss_B + regular_B.detach(), **terms, **of_latents}
 
     def _of_images(
@@ -175,30 +179,35 @@ class AutoencoderTask(Task):
         """Loss (B,) of the reconstructed images, its gradient with respect to them, and its terms. The discriminator's own
         gradient is added to its parameters'."""
         x_hat = out.x.detach().to(self._dtype).requires_grad_()
-        reconstruction_B, terms = self._reconstruction(images, x_hat, out)
+        with self.stages("perceptual_loss", "perceptual_loss"):
+            reconstruction_B, terms = self._reconstruction(images, x_hat, out)
         nll_B, terms["reconstruction"] = reconstruction_B, reconstruction_B.detach()
         if out.log_variance is not None:
             log_variance = out.log_variance.detach()
             nll_B = reconstruction_B / log_variance.exp() + log_variance
             terms["log_variance"] = log_variance.expand(len(images))
-        (gradient,) = torch.autograd.grad(scale * nll_B.sum(), x_hat)
+        with self.stages("perceptual_loss", "perceptual_loss"):
+            (gradient,) = torch.autograd.grad(scale * nll_B.sum(), x_hat)
         loss_B = nll_B.detach()
         config = self.config.discriminator
         if self.discriminator and config and plan.step >= config.start_step:
-            fake = self.discriminator(x_hat)
-            generator_B = generator_loss(fake)
-            (of_game,) = torch.autograd.grad(scale * generator_B.sum(), x_hat, retain_graph=True)
+            with self.stages("perceptual_loss", "discriminator"):
+                fake = self.discriminator(x_hat)
+                generator_B = generator_loss(fake)
+                (of_game,) = torch.autograd.grad(scale * generator_B.sum(), x_hat, retain_graph=True)
             balance = torch.ones((), device=self._device)
             if config.adaptive_weight:
                 shape = self.module.last_layer_shape
                 # of the micro-batch's means: eps of the weight is beside a gradient of that size
                 share = scale * len(images)
-                nll, game = (last_layer_gradient(out.before_last, shape, g / share) for g in (gradient, of_game))
-                balance = adaptive_weight(nll, game)
+                with self.stages("perceptual_loss", "discriminator"):
+                    nll, game = (last_layer_gradient(out.before_last, shape, g / share) for g in (gradient, of_game))
+                    balance = adaptive_weight(nll, game)
             gradient = gradient + config.weight * balance * of_game
-            real = self.discriminator(images)
-            judged_B = discriminator_loss(real, fake, config.loss)
-            (scale * judged_B.sum()).backward(inputs=list(self.discriminator.parameters()))
+            with self.stages("perceptual_loss", "discriminator"):
+                real = self.discriminator(images)
+                judged_B = discriminator_loss(real, fake, config.loss)
+                (scale * judged_B.sum()).backward(inputs=list(self.discriminator.parameters()))
             self._judged += scale * judged_B.detach().sum()
             loss_B = loss_B + config.weight * balance * generator_B.detach()
             terms |= {
@@ -280,7 +289,7 @@ class AutoencoderTask(Task):
 
     def _teachers_latents(self, images: Tensor) -> Tensor:
         assert self.teacher is not None
-        with torch.no_grad():
+        with self.stages("encode", "encoder"), torch.no_grad():
             return self.teacher.encode(images).to(self._dtype)
 
     @property

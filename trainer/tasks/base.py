@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from trainer.config import PhaseConfig
+from trainer.stage_times import NO_STAGES, NoStages
 from trainer.step_plan import StepPlan
 
 
@@ -15,6 +16,8 @@ class Task(ABC):
     """All that is trained, under one root."""
     captions_cut: int = 0
     """Captions so far that were longer than the text encoder takes."""
+    stages: NoStages = NO_STAGES
+    """Where `forward_backward` marks the stages of `metric_names.STAGES`; a trainer gives its own."""
 
     @abstractmethod
     def sharding_units(self) -> list[nn.Module]:
@@ -61,6 +64,11 @@ class Task(ABC):
         Returns each loss term, detached, one value a sample; `loss` is the weighted whole. The names are the same on every
         rank and in every micro-batch of a step.
         """
+
+    def noise_levels(self) -> tuple[Tensor, Tensor] | None:
+        """Of the step's samples, given once: (share of the diffusion's time, 0 without noise; denoising loss), each (B,)
+        on the device; None where nothing is denoised."""
+        return None
 
     def own_gradient_norm(self, plan: StepPlan) -> Tensor | None:
         """After a step's last micro-batch: the global norm of the gradients that the task steps with itself in `end_step`,

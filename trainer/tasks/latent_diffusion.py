@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from trainer.config import LatentDiffusionConfig, PhaseConfig, PhasePerceptualConfig, RunConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
-from trainer.diffusion.samplers import build_sampler, guided
+from trainer.diffusion.schedules import NUM_TIMESTEPS
 from trainer.errors import UserError
 from trainer.losses.build import build_perceptual_loss
 from trainer.losses.denoising import denoising_loss
@@ -22,6 +22,8 @@ from trainer.models.denoisers import build_denoiser
 from trainer.models.text_encoders import TextEncoder, TextInput, build_text_encoder
 from trainer.parallel.apply import autocast, reshard
 from trainer.rng import normal, spread_uniform, uniform, uniforms
+from trainer.sampling.draw import draw_latents, noise_of
+from trainer.sampling.settings import SampleSettings
 from trainer.step_plan import StepPlan
 from trainer.stored_batch import known_states, scaled_latents
 from trainer.tasks.base import Task
@@ -91,6 +93,7 @@ class LatentDiffusionTask(Task):
         if any(phase.perceptual and phase.perceptual.variance_share for phase in run.phases):
             self._variances = LossVariances(2, half_life_steps=HALF_LIFE_STEPS).to(device)
         self._paradigms: dict[int, Paradigm] = {}
+        self._noise: list[tuple[Tensor, Tensor]] = []
 
     def sharding_units(self) -> list[nn.Module]:
         return self.module.units()
@@ -136,6 +139,7 @@ class LatentDiffusionTask(Task):
     # ------------------------------------------------------------------------------------------------------ training
 
     def begin_step(self, plan: StepPlan) -> None:
+        self._noise.clear()
         if plan.begins_phase and plan.phase.perceptual and self.perceptual:
             self.perceptual.begin_phase(self.module)
             if self._variances:
@@ -144,16 +148,20 @@ class LatentDiffusionTask(Task):
     def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
         phase, paradigm = plan.phase, self.paradigm(batch.resolution)
         seed, positions = self._run.seed, batch.positions_B.tolist()
-        text = self._text_of(batch, positions)
+        with self.stages("text", "text"):
+            text = self._text_of(batch, positions)
         images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
         host_t_B = paradigm.sample_t(self._timestep_draws(positions, plan.step))
         t_B = host_t_B.to(self._device, non_blocking=True)
         with autocast(self._device):
-            z0 = self._latents_of(images) if batch.latents_BCHW is None else self._stored_latents(batch)
-            noise = normal(seed, positions, "noise", z0.shape[1:], device=self._device)
-            zt = paradigm.add_noise(z0, noise, t_B)
-            prediction = self.module(zt, paradigm.model_time(t_B), text).float()
-            denoising_B = denoising_loss(prediction, paradigm.target(z0, noise, t_B))
+            with self.stages("encode", "encoder"):
+                z0 = self._latents_of(images) if batch.latents_BCHW is None else self._stored_latents(batch)
+            with self.stages("forward"):
+                noise = normal(seed, positions, "noise", z0.shape[1:], device=self._device)
+                zt, time_B = paradigm.add_noise(z0, noise, t_B), paradigm.model_time(t_B)
+                prediction = self.module(zt, time_B, text).float()
+                denoising_B = denoising_loss(prediction, paradigm.target(z0, noise, t_B))
+            self._noise.append((time_B / NUM_TIMESTEPS, denoising_B.detach()))
             weighted_B, terms = paradigm.loss_weight(t_B) * denoising_B, {"denoising": denoising_B.detach()}
             if self.config.paradigm.weighting != "uniform":
                 terms["denoising_weighted"] = weighted_B.detach()
@@ -171,7 +179,8 @@ class LatentDiffusionTask(Task):
                 )
                 z0_hat = paradigm.to_z0(prediction, zt, t_B)
                 # levels from the host's times: the gate is decided there, and nothing waits for the device
-                perceptual_B, named = self.perceptual(z0_hat, z0, paradigm.noise_level(host_t_B), context)
+                with self.stages("perceptual_loss", "perceptual_loss"):
+                    perceptual_B, named = self.perceptual(z0_hat, z0, paradigm.noise_level(host_t_B), context)
                 terms |= {self.perceptual.name: perceptual_B.detach(), **named}
                 weight: Tensor | float = phase.perceptual.weight
                 if phase.perceptual.variance_share is not None:
@@ -182,8 +191,16 @@ class LatentDiffusionTask(Task):
                     self._variances.add(loss_B, perceptual_B)
                     terms["perceptual_weight"] = weight.expand(perceptual_B.shape)
                 loss_B = loss_B + weight * perceptual_B
-        (scale * loss_B.sum()).backward()
+        with self.stages("backward"):
+            (scale * loss_B.sum()).backward()
         return {"loss": loss_B.detach(), **terms}
+
+    def noise_levels(self) -> tuple[Tensor, Tensor] | None:
+        if not self._noise:
+            return None
+        times, losses = zip(*self._noise, strict=True)
+        self._noise.clear()
+        return torch.cat(times), torch.cat(losses)
 
     def end_step(self, plan: StepPlan, keep: Tensor) -> None:
         if plan.phase.perceptual and self.perceptual:
@@ -221,27 +238,30 @@ class LatentDiffusionTask(Task):
         text = text.to(self._device)
         return self.text(text) if self.text.frozen else text
 
+    @torch.no_grad()
+    def condition(self, text: TextInput) -> TextInput | Condition:
+        """What the module takes, of captions that none is dropped of: outside of training."""
+        return self._encoded(text)
+
     # ------------------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
-    def sample_latents(
-        self, prompts: Sequence[str], first: int, *, resolution: int, sampler: str, num_steps: int,
-        guidance_scale: float, seed: int,
-    ) -> Tensor:  # fmt: skip
+    def sample_latents(self, prompts: Sequence[str], first: int, settings: SampleSettings) -> Tensor:
         """Latents (B, C, h, w) for prompts `first`, `first + 1`, ... of a list: a prompt's noise follows from its place
         in the list, so neither batch size nor rank changes its picture. A collective under sharding."""
-        paradigm = self.paradigm(resolution)
-        side = resolution // self.codec.downsampling
-        positions = range(first, first + len(prompts))
-        noise = normal(seed, positions, "sample", (self.codec.latent_channels, side, side), device=self._device)
-        text = self._encoded(self.text.prepare([*prompts, *[None] * len(prompts)]))
+        paradigm, count = self.paradigm(settings.side), len(prompts)
+        noise = noise_of(settings, range(first, first + count), self.codec.latent_channels, self.codec.downsampling)
+        text: dict[int, TextInput | Condition] = {}
 
-        def predict(zt: Tensor, t_B: Tensor) -> Tensor:
+        def model(zt: Tensor, t_B: Tensor) -> Tensor:
+            rows = len(zt)
+            if rows not in text:
+                text[rows] = self._encoded(self.text.prepare([*prompts, *[None] * (rows - count)]))
             with autocast(self._device):
-                out: Tensor = self.module(zt, paradigm.model_time(t_B), text)
+                out: Tensor = self.module(zt, paradigm.model_time(t_B), text[rows])
             return out.float()
 
-        return build_sampler(sampler)(guided(predict, guidance_scale), paradigm, noise, num_steps)
+        return draw_latents(model, paradigm, noise.to(self._device), settings)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -39,14 +39,17 @@ class LatentNetworkTask(Task):
         labels_B = batch.labels_B.to(self._device, non_blocking=True)
         images = pixels_to_images(batch.images_BCHW.to(self._device, non_blocking=True))
         with autocast(self._device):
-            if batch.latents_BCHW is None:
-                with torch.no_grad():
-                    z0 = self.codec.encode(images).float()
-            else:
-                z0 = scaled_latents(batch, self.codec, seed=self._run.seed, device=self._device)
-            logits = self.module(z0).float()
+            with self.stages("encode", "encoder"):
+                if batch.latents_BCHW is None:
+                    with torch.no_grad():
+                        z0 = self.codec.encode(images).float()
+                else:
+                    z0 = scaled_latents(batch, self.codec, seed=self._run.seed, device=self._device)
+            with self.stages("forward"):
+                logits = self.module(z0).float()
         loss_B = F.cross_entropy(logits, labels_B, reduction="none", label_smoothing=self.config.label_smoothing)
-        (scale * loss_B.sum()).backward()
+        with self.stages("backward"):
+            (scale * loss_B.sum()).backward()
         accuracy_B = (logits.detach().argmax(1) == labels_B).float()
         return {"loss": loss_B.detach(), "accuracy": accuracy_B}
 
