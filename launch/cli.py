@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "k8s": ("launch.k8s:main", "Train a recipe on Kubernetes."),
     "job": ("launch.slurm_job.command:job", "Queue any command on SLURM, such as an evaluation."),
     "recipes": ("launch.cli:recipes", "The runs that are there to start from."),
+    "plan": ("launch.commands.plan:plan", "What a recipe needs on so many GPUs: memory, time, cost. Queues nothing."),
     "runs": ("launch.cli:runs", "A table of runs; show, logs, cancel, resume, export one."),
     "data": ("data.cli:cli", "Build and inspect datasets."),
     "doctor": ("launch.doctor.command:doctor", "Whether this machine and its storage are fit to train on."),

@@ -26,16 +26,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ops.bench.codecs import PUBLISHED
-from ops.bench.layouts import LiveTensors
 from ops.bench.lpl_variants import PLAIN, variants
 from ops.bench.recipes import CUT_WIDTHS
 from trainer.config import ParadigmConfig
 from trainer.diffusion.paradigms import Paradigm, build_paradigm
 from trainer.flops import Flops
+from trainer.live_tensors import LiveTensors
 from trainer.losses.gate import inside
 from trainer.losses.perceptual import PerceptualContext, PerceptualLoss
 from trainer.models.autoencoders import Codec
+from trainer.models.published_codecs import PUBLISHED
 from trainer.parallel.apply import autocast
 from trainer.rng import spread_uniform
 

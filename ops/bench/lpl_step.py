@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ops.bench.codecs import PUBLISHED
 from ops.bench.lpl import MIB, Measured, flops_of, measure
 from ops.bench.lpl_variants import OURS, PLAIN, PUBLIC, lpl_config, variants
 from ops.bench.recipes import CUT_WIDTHS, RandomText, cut, random_batch
@@ -28,6 +27,7 @@ from trainer.ema import EMA
 from trainer.losses.lpl import build_lpl
 from trainer.losses.perceptual import PerceptualLoss
 from trainer.models.autoencoders import Codec, load_codec
+from trainer.models.published_codecs import PUBLISHED
 from trainer.parallel.apply import begin_micro_batch, parallelize
 from trainer.parallel.world import World, init_world
 from trainer.recipes import load

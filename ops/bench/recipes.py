@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.batches import Batch
-from ops.bench.codecs import BLOCKS, PUBLISHED
 from trainer import optim
 from trainer.config import (
     CodecConfig,
@@ -40,6 +39,7 @@ from trainer.config import (
 from trainer.ema import EMA
 from trainer.models.autoencoders import Codec, load_codec
 from trainer.models.condition import Condition
+from trainer.models.published_codecs import BLOCKS, PUBLISHED
 from trainer.models.text_encoders import TextEncoder
 from trainer.parallel.apply import begin_micro_batch, parallelize
 from trainer.parallel.world import World, init_world

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from ops.bench.codecs import PUBLISHED
 from ops.bench.lpl import Flops, flops_of, fullest_ranks, part_runs
 from ops.bench.lpl_step import largest_that_fits
 from ops.bench.lpl_variants import OURS, PLAIN, PUBLIC
@@ -14,6 +13,7 @@ from ops.bench.recipes import CUT_WIDTHS
 from trainer.config import CODE_ROOT
 from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder
+from trainer.models.published_codecs import PUBLISHED
 
 pytestmark = pytest.mark.slow
 

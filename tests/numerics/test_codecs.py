@@ -15,12 +15,12 @@ from torch import Tensor
 
 from data.images import read_image
 from data.transforms import training_image
-from ops.bench.codecs import PUBLISHED, WIDTHS, X1_5, asymmetric
 from tests.perceptual import make_context
 from trainer.config import LPLConfig
 from trainer.losses.lpl import LatentPerceptualLoss
 from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder
+from trainer.models.published_codecs import PUBLISHED, WIDTHS, X1_5, asymmetric
 from trainer.tensors import pixels_to_images
 
 SIDE, LPL_SIDE = 64, 32

@@ -11,7 +11,6 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
-from ops.bench.codecs import BLOCKS, asymmetric, kl
 from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder, cut_out
 from trainer.models.frozen_layers import (
@@ -25,6 +24,7 @@ from trainer.models.frozen_layers import (
     norm_silu_gradient,
     phase_weight,
 )
+from trainer.models.published_codecs import BLOCKS, asymmetric, kl
 
 NARROW: dict[str, Any] = dict(block_out_channels=(8, 12, 16, 16), norm_num_groups=4, layers_per_block=1)
 WITH_ATTENTION = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.bench.layouts import LiveTensors
+from trainer.live_tensors import LiveTensors
 from trainer.losses.injection import injected
 
 SIZE, CHANNELS = 7, 4

@@ -1,0 +1,57 @@
+"""`loupe plan`: what a run needs and takes, before anything is queued."""
+
+import json
+
+import click
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.argument("recipe")
+@click.option("--gpus", type=click.IntRange(1, 65536), required=True, help="GPUs of the job.")
+@click.option("--gpu", "kind", required=True, metavar="h100|h200|a100|b200", help="Which.")
+@click.option("--gpus-per-node", type=click.IntRange(1, 72), default=8, help="That NVLink connects.")
+@click.option("--network", metavar="GBIT", show_default=False,
+              help="A GPU's share of the network between nodes, in Gbit/s.  [default: what is usual for the GPU]")  # fmt: skip
+@click.option(
+    "--price-per-gpu-hour", type=click.FloatRange(min=0), metavar="PRICE", help="For the cost, in your currency."
+)
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Change a field. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON: bytes, seconds, operations.")
+def plan(
+    recipe: str, gpus: int, kind: str, gpus_per_node: int, network: str | None, price_per_gpu_hour: float | None,
+    overrides: tuple[str, ...], as_json: bool,
+) -> int:  # fmt: skip
+    """Say what RECIPE, a recipe or a config.yaml, needs on these GPUs: memory by part, FLOPs, time of a step, MFU, images/s,
+    loader, checkpoints, days and cost of each phase. Picks the sharding, recomputation and micro-batch that fit and are
+    fastest by its reckoning.
+
+    Nothing is allocated, read or queued, and no GPU is needed; what is not there of the recipe's frozen networks is taken
+    for the published ones. Ends with 1 where a phase does not fit. docs/scaling.md says what is assumed.
+
+    \b
+    Examples:
+      loupe plan sd3_medium_512 --gpus 64 --gpu h100
+      loupe plan imagenet_512_lpl --gpus 32 --gpu h200 --network 200 --price-per-gpu-hour 2.5
+      loupe plan finetune --gpus 8 --gpu a100 --set phases.0.batch_size=64
+      loupe plan runs/first/config.yaml --gpus 128 --gpu b200 --json
+    """
+    from launch.job import load_config
+    from trainer.plan.hardware import Cluster, find_gpu, network_gbit
+
+    gpu = find_gpu(kind)
+    cluster = Cluster(gpu, gpus, gpus_per_node, network_gbit(network) if network else gpu.nic_gbit_per_s)
+    config = load_config(recipe, overrides)
+
+    from trainer.plan.choose import check_batches, make_plan
+    from trainer.plan.recipe import count_recipe
+    from trainer.plan.text import show, to_json
+
+    check_batches(config, cluster)  # before seconds are spent on counting
+    made = make_plan(config, count_recipe(config), cluster, price_per_gpu_hour)
+    if as_json:
+        click.echo(json.dumps(to_json(made), indent=2))
+    else:
+        from rich.console import Console
+
+        show(made, Console())
+    return 0 if made.fits else 1

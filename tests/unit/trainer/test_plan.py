@@ -1,0 +1,228 @@
+"""`loupe plan`: what it counts beside what real modules compute and keep, what it chooses, and what it refuses."""
+
+import io
+import json
+from dataclasses import replace as changed
+from functools import cache
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+from torch import Tensor, nn
+
+from launch.commands.plan import plan as command
+from tests.tiny import tiny
+from trainer.config import LatentDiffusionConfig, RunConfig, replace
+from trainer.config_text import with_overrides
+from trainer.errors import UserError
+from trainer.flops import Flops
+from trainer.live_tensors import LiveTensors
+from trainer.parallel.apply import apply_activation_checkpointing
+from trainer.plan import recipe as counted_recipe
+from trainer.plan.choose import layouts, make_plan
+from trainer.plan.counting import Recompute, count_trained
+from trainer.plan.hardware import GIB, GPUS, Cluster, find_gpu, network_gbit
+from trainer.plan.memory import Layout, checkpoint_bytes, numel, phase_bytes, shard_numel
+from trainer.plan.recipe import RecipeCount, count_recipe
+from trainer.plan.step_time import across_s, ring_s
+from trainer.plan.text import LETTERS, show, to_json
+from trainer.recipes import load
+from trainer.tasks.latent_diffusion import TextToImage
+
+IMAGES = 6
+"""Neither of the batch sizes that are counted."""
+
+
+def demo_task() -> LatentDiffusionConfig:
+    task = load("demo").task
+    assert task.kind == "latent_diffusion"
+    return task
+
+
+@cache
+def tiny_count() -> tuple[RunConfig, RecipeCount]:
+    run = tiny()
+    run = replace(run, phases=run.phases[1:])  # of one resolution, without and with LPL
+    return run, count_recipe(run, bf16=False)
+
+
+def forward(module: nn.Module, task: LatentDiffusionConfig, images: int, side: int) -> Tensor:
+    latents = torch.randn(images, task.codec.latent_channels, side // 8, side // 8)
+    out: Tensor = module(latents, torch.rand(images), counted_recipe.text_input(task, images))
+    return (out - torch.zeros_like(latents)).square().mean()
+
+
+@pytest.fixture(scope="module")
+def of_demo() -> counted_recipe.ModuleCount:
+    task = demo_task()
+    return counted_recipe._count_model(task, 64, TextToImage(task).units(), bf16=False)
+
+
+def test_saved_tensors_of_the_demo_are_as_many_bytes(of_demo: counted_recipe.ModuleCount) -> None:
+    task = demo_task()
+    module = TextToImage(task)
+    module.init_weights()
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(module, task, IMAGES, 64)
+    assert of_demo.kept("none").at(IMAGES) == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_keeps_as_many_bytes(of_demo: counted_recipe.ModuleCount, recompute: Recompute) -> None:
+    task = demo_task()
+    module = TextToImage(task)
+    module.init_weights()
+    apply_activation_checkpointing(module.units(), recompute)
+    with LiveTensors() as live:
+        loss = forward(module, task, IMAGES, 64)
+        kept = live.bytes
+        assert loss.requires_grad
+    assert of_demo.kept(recompute).at(IMAGES) == pytest.approx(kept, rel=0.1)
+    assert of_demo.kept(recompute).at(IMAGES) < of_demo.kept("none").at(IMAGES)
+
+
+def test_flops_are_those_that_run(of_demo: counted_recipe.ModuleCount) -> None:
+    task = demo_task()
+    module = TextToImage(task)
+    module.init_weights()
+    with Flops() as flops:
+        forward(module, task, IMAGES, 64).backward()
+    assert of_demo.flops().at(IMAGES) == flops.total
+
+
+def test_fewer_blocks_stand_for_all(of_demo: counted_recipe.ModuleCount) -> None:
+    task = demo_task()
+    assert task.model.kind == "mmdit"
+    fewer = counted_recipe.fewer_blocks(task)
+    assert fewer.model != task.model
+
+    def build() -> tuple[nn.Module, list[nn.Module]]:
+        module = TextToImage(task)
+        return module, module.units()
+
+    def call(module: nn.Module, images: int) -> Tensor:
+        return forward(module, task, images, 64)
+
+    whole = count_trained(build, call, TextToImage(task).units(), bf16=False)
+    assert whole.flops() == of_demo.flops()
+    for recompute in ("none", "selective", "full"):
+        assert whole.kept(recompute) == of_demo.kept(recompute)
+
+
+def test_nothing_of_the_count_is_left_behind() -> None:
+    tiny_count()
+    task = demo_task()
+    module = TextToImage(task)
+    module.init_weights()
+    # positions that were cached without values would raise here; a fresh denoiser predicts zeros
+    assert forward(module, task, 2, 64).item() == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def test_shards_are_chunks_of_the_first_dimension() -> None:
+    assert shard_numel([(10, 3), (3,), (1, 7)], 4) == 3 * 3 + 1 + 7
+    assert shard_numel([(10, 3)], 1) == 30
+
+
+def test_rings_take_what_passes_through_a_rank() -> None:
+    cluster = Cluster(GPUS["h100"], 16, 8, 400)
+    assert ring_s(cluster, 1e9, 1, 5) == 0 == across_s(cluster, 1e9, 1, 5)
+    within, beyond = ring_s(cluster, 8e9, 8, 1), ring_s(cluster, 8e9, 16, 1)
+    assert within == pytest.approx(7e9 / (450e9 * 0.8), rel=0.01)
+    assert beyond == pytest.approx(7.5e9 / (8 * 50e9 * 0.85), rel=0.01)
+
+
+def test_accumulation_holds_whole_gradients() -> None:
+    run, count = tiny_count()
+    per_step = [phase_bytes(run, count, count.phases[0], Layout(1, "none", True, n), 2) for n in (4, 2)]
+    units = [numel(unit) * 4 for unit in count.parameters.units]
+    assert per_step[1]["gathered"] - per_step[0]["gathered"] == sum(units) - sum(sorted(units)[-2:])
+    assert per_step[1]["activations"] == per_step[0]["activations"] / 2
+
+
+def test_averages_and_offload_count() -> None:
+    run, count = tiny_count()
+    layout = Layout(1, "none", True, 4)
+    more = with_overrides(run, ["ema.profiles=[0.05, 0.1]"])
+    away = with_overrides(run, ["ema.offload=true"])
+    ema = [phase_bytes(r, count, count.phases[0], layout, 2)["ema"] for r in (run, more, away)]
+    assert ema[1] == 3 * ema[0] > 0 == ema[2]
+    sizes = [checkpoint_bytes(r, count.parameters) for r in (run, more, away)]
+    assert sizes[1] - sizes[0] == 2 * 4 * numel(count.parameters.all)
+    assert sizes[2] == sizes[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ the choice
+
+
+def test_the_fastest_that_fits_is_taken_and_what_does_not_fit_is_said() -> None:
+    run, count = tiny_count()
+    roomy = Cluster(GPUS["h100"], 2, 8, 400)
+    plan = make_plan(run, count, roomy, 2.0)
+    assert plan.fits
+    assert plan.layout.recompute == "none"  # costs time and buys what is not needed
+    assert plan.layout in set(layouts(run, roomy))
+    small = changed(roomy, gpu=changed(roomy.gpu, memory_bytes=1.0 * GIB))  # less than a context takes
+    none = make_plan(run, count, small)
+    assert not none.fits
+    assert not none.written_fits
+    assert all(phase.mend for phase in none.phases)
+    out = io.StringIO()
+    show(none, Console(file=out, width=120))
+    assert "DOES NOT FIT" in out.getvalue()
+    assert "lacks" in out.getvalue()
+
+
+def test_text_and_json_say_the_same() -> None:
+    run, count = tiny_count()
+    plan = make_plan(run, count, Cluster(GPUS["h200"], 2, 8, 400), 2.0)
+    out = io.StringIO()
+    show(plan, Console(file=out, width=120))
+    tree = json.loads(json.dumps(to_json(plan)))
+    for phase in tree["phases"]:
+        assert set(phase["memory"]) == set(LETTERS)
+        assert f"{phase['step_s'] * 1e3:.1f}" in out.getvalue()
+        assert phase["cost"] == pytest.approx(2.0 * phase["gpu_hours"])
+        assert 0 < phase["mfu"] < 1
+    assert tree["phases"][1]["flops"]["perceptual_loss"] > 0 == tree["phases"][0]["flops"]["perceptual_loss"]
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--gpus", "2", "--gpu", "v100"], "--gpu: no figures of 'v100'"),
+        (["demo", "--gpus", "2", "--gpu", "h100", "--network", "fast"], "--network: 'fast'"),
+        (["demo", "--gpus", "3", "--gpu", "h100"], "low_resolution.batch_size: 64"),
+        (["autoencoder_kl_f8", "--gpus", "8", "--gpu", "h100"], "task.kind: autoencoder"),
+        (["nonesuch", "--gpus", "8", "--gpu", "h100"], "no recipe 'nonesuch'"),
+    ],
+)
+def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
+    error = CliRunner().invoke(command, arguments).exception
+    assert isinstance(error, UserError)
+    assert message in str(error)
+    assert "\n" not in str(error)
+
+
+def test_names_and_speeds_are_read() -> None:
+    assert find_gpu("H200").name == "h200"
+    assert network_gbit("400") == network_gbit("400g") == 400.0
+    for gpu in GPUS.values():
+        assert gpu.peak_flops > 1e14
