@@ -77,7 +77,10 @@ class _Panel:
 TOGETHER = (("generator", "discriminator"), ("logits_real", "logits_fake"), ("codebook", "commitment"))
 """Terms that share a panel."""
 _TITLES = {"gate": "share of samples inside the gate"}
-_FIGURES = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "frechet": "Frechet distance"}
+_FIGURES = {
+    "psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "frechet": "Frechet distance", "fid": "FID",
+    "fid_clean": "clean-fid's FID", "fd_dinov2": "Frechet distance of DINOv2", "clip_score": "CLIPScore",
+}  # fmt: skip
 """Of evaluations."""
 
 

@@ -21,7 +21,9 @@ from trainer.config import RunConfig, check_layout, resolve_url, run_digest
 from trainer.environment_record import machine_of, start_record
 from trainer.errors import ExitCode, one_line
 from trainer.evaluate import reconstruction
-from trainer.evaluate.prompt_accuracy import encode_dataset, prompt_accuracy
+from trainer.evaluate.image_action import ImageAction
+from trainer.evaluate.image_evaluation import ImageEvaluation
+from trainer.evaluate.prompt_accuracy import accuracy_of_run
 from trainer.evaluate.reconstruction_run import ReconstructionEvaluation
 from trainer.evaluate.sampling import sample_prompts
 from trainer.evaluate.validation import Validation
@@ -41,6 +43,7 @@ from trainer.serving import Serving
 from trainer.sinks import Sinks
 from trainer.start_times import StartTimes, in_words
 from trainer.step_plan import StepPlanner
+from trainer.stopping import Interrupted
 from trainer.stored import stored_columns
 from trainer.stream import plan_stream
 from trainer.summary import summarise
@@ -138,6 +141,7 @@ class Run:
             assert isinstance(self.task, LatentDiffusionTask)
             self.validation = Validation(config, self.task, world, list(self.datasets.values()))
             warnings += self.validation.warnings
+        images = ImageEvaluation(config, self.task, world, stop) if config.image_evaluation else None
         flops = StepFlops(self.task.module, [module for module, _ in self.task.frozen_sharded()])
         for module, units in [(self.task.module, self.task.sharding_units()), *self.task.frozen_sharded()]:
             parallelize(module, units, world, config.parallel)
@@ -173,6 +177,8 @@ class Run:
         )
         if world.is_main and config.metrics.sinks:
             self.trainer.reports.sinks = Sinks(config, folder, self.exporter, self.trainer.reports.note)
+        told = world, folder, self.trainer.reports, self.activity, stop
+        self.images = ImageAction(images, *told) if images else None
         self.start.lap("model")
         if watchdog and not self._loads_in_this_process():
             watchdog.never_below(_PATIENCE_WITH_DATA * config.data.timeout_s)
@@ -265,11 +271,16 @@ class Run:
             return ExitCode.DONE
         found: dict[str, Any] = {}
         try:
+            if self.images:
+                self.images.begin()
+                self.start.lap("data")
             code = self.trainer.fit(self._make_loader)
             # samples and figures take longer than a step
             self.activity.doing("ending", "other")
             if code is ExitCode.DONE:
                 found = self._at_the_end()
+        except Interrupted:
+            code = ExitCode.REQUEUE
         finally:
             self.serving.withdraw()
             if self.trainer.reports.sinks:
@@ -300,7 +311,7 @@ class Run:
         config = self.config
         sections = (
             (config.samples, self._draw_samples), (config.reconstructions, self._evaluate),
-            (config.validation, self._validate),
+            (config.validation, self._validate), (config.image_evaluation, self._evaluate_images),
         )  # fmt: skip
         return [(section.every_steps, partial(self._act, action)) for section, action in sections if section]
 
@@ -331,6 +342,10 @@ class Run:
             self.folder.write_json(f"evaluation/{self._name(step)}.json", {"step": step, **found.numbers})
             self.folder.write_bytes(f"reconstructions/{self._name(step)}.png", found.picture)
         return found.summary()
+
+    def _evaluate_images(self, step: int, go_on: Callable[[], None] | None = None) -> dict[str, Any]:
+        assert self.images
+        return self.images(step, self._name(step), go_on)
 
     def _draw_curves_again(self) -> None:
         """While it trains, unless the ranks would wait too often for what takes the longer the longer the run is."""
@@ -365,11 +380,15 @@ class Run:
             if self.config.samples:
                 self._draw_samples(self.trainer.total_steps)
             if self.config.prompt_accuracy:
-                found |= self._prompt_accuracy()
+                assert isinstance(self.task, LatentDiffusionTask)
+                prompts = self._prompts(self.config.prompt_accuracy.num_prompts)
+                found |= accuracy_of_run(self.config, self.task, self.world, prompts, self._first_dataset())
             if self.evaluation:
                 found["evaluation"] = self._evaluate(self.trainer.total_steps)
             if self.validation:
                 found["validation"] = self._validate(self.trainer.total_steps)
+            if self.images:
+                found["image_evaluation"] = self._evaluate_images(self.trainer.total_steps)
         return found
 
     def _finish(self, found: dict[str, Any]) -> None:
@@ -379,15 +398,3 @@ class Run:
         )
         self.folder.write_json(SUMMARY, summary)
         print(f"done: {progress.images} images in {summary['wall_s']:.0f} s", flush=True)
-
-    def _prompt_accuracy(self) -> dict[str, float]:
-        task, config, samples = self.task, self.config.prompt_accuracy, self.config.samples
-        assert isinstance(task, LatentDiffusionTask)
-        assert config is not None
-        assert samples is not None
-        resolution, dataset = self.config.phases[-1].resolution, self._first_dataset()
-        prompts = self._prompts(config.num_prompts)
-        generated = sample_prompts(task, self.world, prompts, samples, resolution=resolution)
-        training, captions = encode_dataset(dataset, task.codec, resolution=resolution, device=self.world.device)
-        accuracy, chance = prompt_accuracy(generated, prompts, training, captions, config.num_neighbours)
-        return {"prompt_accuracy": accuracy, "prompt_accuracy_chance": chance}

@@ -11,9 +11,10 @@ checkpoints/           see trainer/checkpoint
 ema/                   snapshots of power-function averages, in the checkpoints' format (trainer/posthoc_ema.py)
 samples/, curves.png   pictures
 evaluation/            an autoencoder's figures, a file an evaluation and final.json; of latent diffusion the same of each
-                       validation, validation-step-00001000.json and validation-final.json
+                       validation, validation-step-00001000.json and validation-final.json, and of each evaluation of
+                       pictures, images-step-00001000.json and images-final.json
 reconstructions/       what it gave back of some images, at the same steps
-evaluations/           what `loupe evaluate run` has measured of its pictures, a file an evaluation
+evaluations/           what `loupe evaluate run`, or the training itself, has measured of its pictures, a file each
 bad_shards.json        shards that could not be read, and from which step on they are left out
 worker_deaths/         one record for each data worker that died
 hangs/                 one record for each start that a watchdog ended

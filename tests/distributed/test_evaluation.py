@@ -19,6 +19,7 @@ from tests.distributed.test_training import train as train_and_scrape
 from tests.distributed.test_variants import class_folders, one_unreadable
 from tests.numerics.lpips_reference import random_weights
 from tests.stage1 import GRADIENT, checkpoint, losses, stage1, unequal
+from trainer.checkpoint.errors import CheckpointError
 from trainer.config import LPIPSConfig, RunConfig
 from trainer.errors import ExitCode, UserError
 from trainer.evaluate.metrics.frechet import frechet_distance
@@ -83,8 +84,29 @@ def fresh(world: World, folder: Path) -> dict[str, Any]:
     return found
 
 
+def failed(world: World, folder: Path) -> str:
+    """What is said on this rank of an error that only the last one meets."""
+    from trainer.run import Run
+
+    run = Run(evaluated(folder), RunFolder(str(folder / "failed")), world, StopRequest())
+    assert run.evaluation is not None
+
+    def gone(index: int) -> Any:
+        raise RuntimeError("gone")
+
+    if world.rank == world.size - 1:
+        run.evaluation._dataset.read = gone  # type: ignore[method-assign,assignment]
+    try:
+        run.evaluation.measure()
+    except CheckpointError as e:
+        return str(e)
+    finally:
+        run.exporter.close()
+    return ""
+
+
 def on_two(world: World, folder: Path) -> dict[str, Any]:
-    out: dict[str, Any] = {"fresh": fresh(world, folder)}
+    out: dict[str, Any] = {"fresh": fresh(world, folder), "failed": failed(world, folder)}
     more = ("task.discriminator.norm=spectral", "task.learned_log_variance=true")
     assert train_and_scrape(world, evaluated(folder, *more), str(folder / "with")) == ExitCode.DONE
     for name, config in {"without": stage1(*more), "codes": evaluated(folder, GRADIENT, every=100)}.items():
@@ -103,6 +125,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     [one] = run_ranks(1, fresh, folder)
     first, second = run_ranks(2, on_two, folder)
     assert first == second, "all ranks know the same"
+    assert first["failed"] == "rank 1: RuntimeError: gone", "nobody waits for the other"
     return folder, one, first["fresh"]
 
 

@@ -19,6 +19,7 @@ from trainer.config.autoencoder import (
 )
 from trainer.config.codec import CodecConfig
 from trainer.config.data import DataConfig, DatasetConfig
+from trainer.config.evaluation import FeatureNetworkConfig, ImageEvaluationConfig
 from trainer.config.perceptual import (
     CropConfig,
     DecodedRGBConfig,
@@ -85,7 +86,8 @@ __all__ = [
     "CODE_ROOT", "AsymmetricKLModelConfig", "AutoencoderConfig", "AutoencoderModelConfig", "BasicAuthConfig", "ByteTextConfig",
     "CheckpointConfig", "ClassLabelConfig", "CodebookConfig", "CodecConfig", "ConsistencyConfig", "CropConfig",
     "DataConfig", "DatasetConfig", "DecodedRGBConfig", "DenoiserConfig", "DiTConfig", "DiscriminatorConfig",
-    "EMAConfig", "EncoderConfig", "EquivarianceConfig", "FrozenTextConfig", "ImageSpaceConfig",
+    "EMAConfig", "EncoderConfig", "EquivarianceConfig", "FeatureNetworkConfig", "FrozenTextConfig",
+    "ImageEvaluationConfig", "ImageSpaceConfig",
     "ImageSpaceTermsConfig", "InitFromConfig", "KLModelConfig", "LPIPSConfig", "LPLConfig",
     "LatentDiffusionConfig", "LatentLPIPSConfig", "LatentNetworkConfig", "LatentVGGConfig", "MMDiTConfig",
     "MetricsConfig", "OptimConfig", "OutlierPenaltyConfig", "ParadigmConfig", "ParallelConfig",

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.autoencoder import AutoencoderConfig
 from trainer.config.data import DataConfig
+from trainer.config.evaluation import ImageEvaluationConfig
 from trainer.config.sampling import MOST_DDPM_STEPS, samplers_of
 from trainer.config.section import NonNegativeInt, Section
 from trainer.config.task import LatentDiffusionConfig, LatentNetworkConfig, TaskConfig
@@ -53,6 +54,8 @@ class RunConfig(Section):
     """Evaluation of what the autoencoder task trains."""
     validation: ValidationConfig | None = None
     """Loss at fixed noise levels; latent diffusion only."""
+    image_evaluation: ImageEvaluationConfig | None = None
+    """FID and its like, of pictures that are drawn at intervals; latent diffusion only."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "RunConfig":
@@ -70,14 +73,15 @@ class RunConfig(Section):
                     f"phases.{i}.perceptual: belongs to the latent_diffusion task, this is {self.task.kind}"
                 )
         for field, kind in (("samples", "latent_diffusion"), ("prompt_accuracy", "latent_diffusion"),
-                            ("validation", "latent_diffusion"), ("reconstructions", "autoencoder")):  # fmt: skip
+                            ("validation", "latent_diffusion"), ("image_evaluation", "latent_diffusion"),
+                            ("reconstructions", "autoencoder")):  # fmt: skip
             if getattr(self, field) and self.task.kind != kind:
                 raise ValueError(f"{field}: belongs to the {kind} task, this is {self.task.kind}")
         _check_sizes(self.task, self.phases)
         self._check_stored()
         if self.task.kind == "latent_diffusion":
             self._check_sampling(self.task)
-            self._check_validation(self.task)
+            self._check_sides(self.task)
             perceptual = self.task.perceptual
             if self.data.buckets and perceptual.kind == "latent_lpips" and perceptual.augment:
                 raise ValueError(
@@ -104,21 +108,28 @@ class RunConfig(Section):
         if data.text_states and not (task.kind == "latent_diffusion" and task.text.kind == "frozen"):
             raise ValueError("data.text_states: are of frozen text encoders, task.text.kind=frozen; leave it out")
 
-    def _check_validation(self, task: LatentDiffusionConfig) -> None:
-        side = self.validation.resolution if self.validation else None
-        if side is not None:
+    def _check_sides(self, task: LatentDiffusionConfig) -> None:
+        """Of images that are not a phase's."""
+        for field, section in (("validation", self.validation), ("image_evaluation", self.image_evaluation)):
+            if section is None or section.resolution is None:
+                continue
             try:
-                _check_resolutions(task, (self.phases[-1].model_copy(update={"resolution": side}),))
+                _check_resolutions(task, (self.phases[-1].model_copy(update={"resolution": section.resolution}),))
             except ValueError as e:
-                raise ValueError(f"validation.resolution: {str(e).removeprefix('phases.0.resolution: ')}") from None
+                raise ValueError(f"{field}.resolution: {str(e).removeprefix('phases.0.resolution: ')}") from None
 
     def _check_sampling(self, task: LatentDiffusionConfig) -> None:
         paradigm, samples = task.paradigm, self.samples
-        if samples and samples.sampler not in samplers_of(paradigm.kind):
-            raise ValueError(f"samples.sampler: {samples.sampler} does not go with {paradigm.kind}; take "
-                             f"{' or '.join(samplers_of(paradigm.kind))}")  # fmt: skip
-        if samples and paradigm.kind != "flow" and samples.num_steps > MOST_DDPM_STEPS:
-            raise ValueError(f"samples.num_steps: {samples.num_steps} is more than the schedule's {MOST_DDPM_STEPS}")
+        for field, section in (("samples", samples), ("image_evaluation", self.image_evaluation)):
+            if section is None:
+                continue
+            if section.sampler and section.sampler not in samplers_of(paradigm.kind):
+                raise ValueError(f"{field}.sampler: {section.sampler} does not go with {paradigm.kind}; take "
+                                 f"{' or '.join(samplers_of(paradigm.kind))}")  # fmt: skip
+            if section.num_steps and paradigm.kind != "flow" and section.num_steps > MOST_DDPM_STEPS:
+                raise ValueError(
+                    f"{field}.num_steps: {section.num_steps} is more than the schedule's {MOST_DDPM_STEPS}"
+                )
         if self.prompt_accuracy and not samples:
             raise ValueError("prompt_accuracy: needs samples, whose sampler it uses; set samples, or "
                              "prompt_accuracy=null")  # fmt: skip
@@ -225,7 +236,10 @@ def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...])
 
 # -------------------------------------------------------------------------------------------------- a config as a whole
 
-REPORTING = ("metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "validation", "name", "watchdog")
+REPORTING = (
+    "metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "validation", "image_evaluation", "name",
+    "watchdog",
+)  # fmt: skip
 NO_NUMBERS = {
     "data": (
         "num_workers", "prefetch_steps", "prefetch_shards", "timeout_s", "cache_dir", "cache_gib", "max_bad_samples",

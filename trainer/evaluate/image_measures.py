@@ -47,6 +47,37 @@ def figure_name(metric: str, network: str) -> str:
     return f"{_OTHERS.get(metric, metric)}_{network}"
 
 
+def check_counts(
+    generated: int, real: int, dimensions: Mapping[str, int], wanted: Sequence[str], *, allow_few: bool,
+    bias: Callable[[str, bool], float] | None = None,
+) -> None:  # fmt: skip
+    """Whether so many images can be compared.
+
+    Args:
+        dimensions: features, by network.
+        allow_few: a Frechet distance of fewer images than features.
+        bias: of a network's distance, given whether the generated images are no more than the real ones; where it is known.
+
+    Raises:
+        UserError: naming the metric and what it lacks.
+    """
+    least = min(generated, real)
+    for network, d in dimensions.items():
+        if {"fid", "fid_infinity"} & set(wanted) and least <= d and not allow_few:
+            by = "" if bias is None else f", by some {bias(network, generated <= real):.3g} here"
+            raise UserError(
+                f"--metrics fid: {generated} generated and {real} real images for {d} features of {network}: with no more "
+                f"images than features the distance is too large{by}; take {d + 1} or more, or give --allow-few"
+            )
+        neighbours = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
+        if set(wanted) & {"precision", "recall", "density", "coverage"} and least < neighbours:
+            raise UserError(
+                f"--metrics: {least} images, and neighbours need {neighbours}; take more, or leave them out"
+            )
+        if least < 4:
+            raise UserError(f"{least} images are too few to compare; take hundreds, for FID thousands")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """
@@ -66,25 +97,19 @@ class Comparison:
 
     def check(self, wanted: Sequence[str]) -> None:
         """Raises:
-        UserError: naming the metric and what it lacks: known before anything slow is computed.
+        UserError: as `check_counts`: known before anything slow is computed.
         """
+
+        def bias(network: str, generated_is_smaller: bool) -> float:
+            few = (self.generated if generated_is_smaller else self.real)[network]
+            return metrics.frechet_bias(few.statistics("images"))
+
         for network in self.networks:
-            a, b = len(self.generated[network]), len(self.real[network])
-            d = self.generated[network].features.shape[1]
-            if {"fid", "fid_infinity"} & set(wanted) and min(a, b) <= d and not self.allow_few:
-                few = self.generated[network] if a <= b else self.real[network]
-                bias = metrics.frechet_bias(few.statistics("images"))
-                raise UserError(
-                    f"--metrics fid: {a} generated and {b} real images for {d} features of {network}: with no more images than "
-                    f"features the distance is too large, by some {bias:.3g} here; take {d + 1} or more, or give --allow-few"
-                )
-            least = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
-            if set(wanted) & {"precision", "recall", "density", "coverage"} and min(a, b) < least:
-                raise UserError(
-                    f"--metrics: {min(a, b)} images, and neighbours need {least}; take more, or leave them out"
-                )
-            if min(a, b) < 4:
-                raise UserError(f"{min(a, b)} images are too few to compare; take hundreds, for FID thousands")
+            made = self.generated[network]
+            check_counts(
+                len(made), len(self.real[network]), {network: made.features.shape[1]}, wanted, allow_few=self.allow_few,
+                bias=bias,
+            )  # fmt: skip
 
     def figures(self, wanted: Sequence[str]) -> dict[str, Figure]:
         """

@@ -1,6 +1,7 @@
 """`loupe evaluate images`: a set of generated images against a set of real ones."""
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -11,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.errors import UserError
 from trainer.evaluate import codec_report
 from trainer.evaluate.features.networks import LoadedNetwork
@@ -20,6 +23,8 @@ from trainer.evaluate.image_pictures import nearest_rows, neighbours_grid, spect
 from trainer.evaluate.image_sets import ImageSet, Selection
 from trainer.evaluate.judged_sets import DECODERS, Judged, Judging, described
 from trainer.evaluate.judges import Judge, NetworkJudge, PixelJudge, PromptJudge
+from trainer.evaluate.metrics import log_power
+from trainer.models.text_files import cache_folder
 
 FORMAT = 1
 NUMBERS, SPECTRUM, NEAREST = "evaluation.json", "spectrum.png", "nearest.png"
@@ -113,53 +118,85 @@ def evaluate_images(
         Selection(generated, settings.size, settings.resize, settings.count, settings.seed),
         Selection(real, settings.size, settings.resize, settings.reference_count, settings.seed),
     )
-    common: list[Judge] = [PixelJudge(), *map(NetworkJudge, networks)]
-    prompts = [PromptJudge(network) for network in networks if network.name == "clip" and "clip_score" in metrics]
-    of_real = judging.judged(selections[1], common, cache, "real")
-    of_generated = judging.judged(selections[0], [*common, *prompts], out / ROWS_FOLDER, "generated")
+    of_real = judging.judged(selections[1], judges_of_real(networks), cache, "real")
+    of_generated = judging.judged(selections[0], judges_of_generated(networks, metrics), out / ROWS_FOLDER, "generated")
     judged_s = time.monotonic() - started
 
-    def measured() -> Evaluation:
-        done = [0]
+    if judging.ranks.rank:  # the figures are of one rank alone: the others leave, and wait for nothing
+        return None
+    done = itertools.count()
 
-        def advance(what: str) -> None:
-            judging.progress(f"computing {what}", done[0], done[0] + 1)
-            done[0] += 1
+    def advance(what: str) -> None:
+        number = next(done)
+        judging.progress(f"computing {what}", number, number + 1)
 
-        comparison = Comparison(
-            of_generated, of_real, names, settings.resamples, settings.seed, settings.allow_few, advance
-        )
-        figures = comparison.figures(metrics)
-        sets = {
-            "generated": described(generated, selections[0], of_generated["pixels"]),
-            "real": described(real, selections[1], of_real["pixels"]),
-        }
-        numbers = {
-            "format": FORMAT,
-            "kind": "images",
-            "figures": figures,
-            **sets,
-            "networks": [
-                {**network.numbers(), "weights": network.weights.url if network.weights else None}
-                for network in networks
-            ],
-            "settings": asdict(settings),
-            "definition": definition(sets, networks, metrics),
-            "warnings": warnings_of(sets, settings, figures),
-            "reference": {
-                name: {"folder": str(j.folder), "was_there": j.was_there, "made": j.provenance["made"]}
-                for name, j in of_real.items()
-            },
-            "seconds": {"judging": round(judged_s, 1), "in_all": round(time.monotonic() - started, 1)},
-            "ranks": judging.ranks.world_size,
-            **provenance_of(judging),
-            **(more or {}),
-            "meaning": meaning(figures, settings),
-        }
-        return Evaluation(finite(numbers), lambda: pictures_of(of_generated, of_real, selections, names))
+    numbers = {
+        **numbers_of(of_generated, of_real, (generated.about(), real.about()), settings, networks, metrics, advance),
+        "seconds": {"judging": round(judged_s, 1), "in_all": round(time.monotonic() - started, 1)},
+        "ranks": judging.ranks.world_size,
+        **provenance_of(judging.device),
+        **(more or {}),
+    }
+    return Evaluation(finite(numbers), lambda: pictures_of(of_generated, of_real, selections, names))
 
-    # on one rank alone: the others leave, and wait for nothing
-    return measured() if judging.ranks.rank == 0 else None
+
+def judges_of_real(networks: Sequence[LoadedNetwork]) -> list[Judge]:
+    return [PixelJudge(), *map(NetworkJudge, networks)]
+
+
+def judges_of_generated(networks: Sequence[LoadedNetwork], metrics: Sequence[str]) -> list[Judge]:
+    prompts = [PromptJudge(network) for network in networks if network.name == "clip" and "clip_score" in metrics]
+    return [*judges_of_real(networks), *prompts]
+
+
+def numbers_of(
+    generated: Mapping[str, Judged],
+    real: Mapping[str, Judged],
+    abouts: tuple[Mapping[str, Any], Mapping[str, Any]],
+    settings: Settings,
+    networks: Sequence[LoadedNetwork],
+    metrics: Sequence[str],
+    advance: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """All but who has measured it, and how long that took.
+
+    Args:
+        generated, real: as `Comparison` takes them.
+        abouts: of both sets, as `ImageSet.about`.
+        metrics: as `Settings.chosen`.
+
+    Raises:
+        UserError: as `Comparison.figures`.
+    """
+    comparison = Comparison(
+        generated, real, [network.name for network in networks], settings.resamples, settings.seed, settings.allow_few, advance
+    )  # fmt: skip
+    figures = comparison.figures(metrics)
+    sets = {
+        name: described(about, settings.size, judged["pixels"])
+        for name, about, judged in zip(("generated", "real"), abouts, (generated, real), strict=True)
+    }
+    return {
+        "format": FORMAT,
+        "kind": "images",
+        "figures": figures,
+        "log_power": {
+            name: log_power(judged["pixels"].rows["power"]).tolist()
+            for name, judged in (("generated", generated), ("real", real))
+        },
+        **sets,
+        "networks": [
+            {**network.numbers(), "weights": network.weights.url if network.weights else None} for network in networks
+        ],
+        "settings": asdict(settings),
+        "definition": definition(sets, networks, metrics),
+        "warnings": warnings_of(sets, settings, figures),
+        "reference": {
+            name: {"folder": str(j.folder), "was_there": j.was_there, "made": j.provenance["made"]}
+            for name, j in real.items()
+        },
+        "meaning": meaning(figures, settings),
+    }
 
 
 def definition(sets: Mapping[str, Any], networks: Sequence[LoadedNetwork], metrics: Sequence[str]) -> str:
@@ -175,8 +212,8 @@ def definition(sets: Mapping[str, Any], networks: Sequence[LoadedNetwork], metri
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def provenance_of(judging: Judging) -> dict[str, Any]:
-    found = codec_report.provenance(judging.device)
+def provenance_of(device: torch.device) -> dict[str, Any]:
+    found = codec_report.provenance(device)
     names = (*DECODERS, "transformers", "safetensors", "scipy")
     return {**found, "versions": {**found["versions"], **{name: version(name) for name in names}}}
 
@@ -223,6 +260,7 @@ def meaning(figures: Mapping[str, Figure], settings: Settings) -> dict[str, str]
     return {
         "figures": "by name; those of networks other than FID's Inception have its name behind: fd_dinov2, kd_dinov2, ...",
         **{name: text for name, text in {**METRICS, "clip_s": CLIP_S}.items() if name in used},
+        "log_power": "log10 power of luminance by radius, 1, 2, ... cycles an image",
         "interval": "over other draws of as many images; the bias of the count is not in it",
         "bias": "what the distance of as many images of one and the same distribution would be, to first order",
         "resize": RESIZES[settings.resize],
@@ -264,6 +302,19 @@ def pictures_of(
         ]
         pictures[NEAREST] = neighbours_grid(shown, network=networks[0])
     return pictures
+
+
+def cache_of(given: str | None) -> Path:
+    """Where rows of real images are kept.
+
+    Raises:
+        UserError: no local folder.
+    """
+    if given is None:
+        return cache_folder("--cache") / "evaluations"
+    if "://" in given:
+        raise UserError(f"--cache: {given} is no local folder; all ranks have to see it")
+    return Path(given)
 
 
 def claim(out: str, *, overwrite: bool, dry_run: bool = False) -> Path:

@@ -30,8 +30,8 @@ from data.images import ImageError
 from trainer.checkpoint.collective import Ranks
 from trainer.errors import UserError, one_line
 from trainer.evaluate.codec_report import Progress, provenance
-from trainer.evaluate.image_sets import ImageSet, Selection
-from trainer.evaluate.judges import Batch, Judge, Rows, batch_of
+from trainer.evaluate.image_sets import Picture, Selection
+from trainer.evaluate.judges import Judge, Rows, batch_of
 from trainer.evaluate.metrics import FeatureStatistics
 from trainer.parallel.world import World
 from trainer.whole_files import write_whole
@@ -54,7 +54,8 @@ class Stopped(Exception):
 class Judged:
     """What one judge gave for one selection."""
 
-    folder: Path
+    folder: Path | None
+    """None: they are in memory alone."""
     judge: dict[str, Any]
     """`Judge.numbers`."""
     rows: Rows
@@ -76,6 +77,8 @@ class Judged:
 
     def statistics(self, name: str) -> FeatureStatistics:
         """Kept beside the rows. `name`: whose features they are, for errors."""
+        if self.folder is None:
+            return FeatureStatistics.of_features(self.features, name=name)
         path = self.folder / STATISTICS
         wanted = self.provenance["rows_sha256"]
         note = path.with_suffix(".json")
@@ -208,9 +211,9 @@ class Judging:
             if self.stop():
                 return
             some = slice(first, first + self.batch_size)
-            batch = batch_of(pictures[some], prompts[some], self.batch_size, self.device)
-            for name, (judge, _) in lacking.items():
-                rows[name].append(_first_rows(judge.rows(batch), len(pictures[some]), batch))
+            judges = [judge for judge, _ in lacking.values()]
+            for name, found in batch_rows(judges, pictures[some], prompts[some], self.batch_size, self.device).items():
+                rows[name].append(found)
         for name, (_, store) in lacking.items():
             joined = {
                 key: np.concatenate([r[key] for r in rows[name]]) for key in (rows[name][0] if rows[name] else ())
@@ -218,9 +221,16 @@ class Judging:
             store.add(part, np.array(places, np.int64), selection.order[places], joined, skipped)
 
 
-def _first_rows(rows: Rows, count: int, batch: Batch) -> Rows:
-    assert all(len(values) == len(batch.pictures) for values in rows.values())
-    return {name: values[:count] for name, values in rows.items()}
+def batch_rows(
+    judges: Sequence[Judge], pictures: Sequence[Picture], prompts: Sequence[str | None], batch_size: int, device: torch.device
+) -> dict[str, Rows]:  # fmt: skip
+    """What each judge gives of at most `batch_size` pictures, by its name."""
+    batch, found = batch_of(pictures, prompts, batch_size, device), {}
+    for judge in judges:
+        rows = judge.rows(batch)
+        assert all(len(values) == len(batch.pictures) for values in rows.values())
+        found[judge.name] = {name: values[: len(pictures)] for name, values in rows.items()}
+    return found
 
 
 class _Store:
@@ -347,8 +357,14 @@ def _json(tree: Any) -> bytes:
     return json.dumps(tree, sort_keys=True).encode()
 
 
-def described(images: ImageSet, selection: Selection, pixels: Judged) -> dict[str, Any]:
-    """A set, for a report: what it is, and what is odd about it. `pixels`: of the `PixelJudge`."""
+def described(about: Mapping[str, Any], size: int, pixels: Judged) -> dict[str, Any]:
+    """A set, for a report: what it is, and what is odd about it.
+
+    Args:
+        about: `ImageSet.about`.
+        size: side at which its images are compared, in pixels.
+        pixels: of the `PixelJudge`.
+    """
     from trainer.evaluate.judges import FORMATS
 
     rows = pixels.rows
@@ -357,13 +373,13 @@ def described(images: ImageSet, selection: Selection, pixels: Judged) -> dict[st
         sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + 1
     common = dict(sorted(sizes.items(), key=lambda item: -item[1])[:20])
     return {
-        **images.about(),
+        **about,
         "identity": pixels.provenance["key"]["images"],
         "used": len(pixels),
         "skipped": pixels.skipped,
         "sizes": common,
         "num_sizes": len(sizes),
-        "enlarged": int((np.minimum(rows["width"], rows["height"]) < selection.size).sum()),
+        "enlarged": int((np.minimum(rows["width"], rows["height"]) < size).sum()),
         "formats": {name: int((rows["format"] == i).sum()) for i, name in enumerate(FORMATS)},
         "grey": int(rows["grey"].sum()),
         "flat": int(rows["flat"].sum()),

@@ -12,7 +12,11 @@ from torch import Tensor
 from data.images import read_image
 from data.reader import Dataset
 from data.transforms import training_image
+from trainer.config import RunConfig
+from trainer.evaluate.sampling import sample_prompts
 from trainer.models.autoencoders import Codec
+from trainer.parallel.world import World
+from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tensors import pixels_to_images
 
 
@@ -48,3 +52,16 @@ def encode_dataset(
         latents.append(codec.encode(images).float().cpu())
         captions.append(list(sample.texts))
     return torch.cat(latents), captions
+
+
+def accuracy_of_run(
+    config: RunConfig, task: LatentDiffusionTask, world: World, prompts: Sequence[str], dataset: Dataset
+) -> dict[str, float]:
+    """Of the weights that the module has now, for `summary.json`. A collective."""
+    assert config.prompt_accuracy is not None
+    assert config.samples is not None
+    resolution, k = config.phases[-1].resolution, config.prompt_accuracy.num_neighbours
+    generated = sample_prompts(task, world, prompts, config.samples, resolution=resolution)
+    training, captions = encode_dataset(dataset, task.codec, resolution=resolution, device=world.device)
+    accuracy, chance = prompt_accuracy(generated, prompts, training, captions, k)
+    return {"prompt_accuracy": accuracy, "prompt_accuracy_chance": chance}

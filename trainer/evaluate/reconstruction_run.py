@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from data.images import ImageError, read_image
-from data.reader import Dataset, open_dataset
+from data.reader import BadShard, Dataset, StorageError, open_dataset
 from data.transforms import training_image
+from trainer.checkpoint.collective import Ranks
 from trainer.config import RunConfig, resolve_url
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.evaluate.codec_report import plain, provenance
 from trainer.evaluate.reconstruction import MEANING, Judges, Measurement, Output, Pixels, check_side
 from trainer.models.efficientnet import load_efficientnet_lite0
@@ -61,7 +63,7 @@ class ReconstructionEvaluation:
         """
         assert config.reconstructions is not None
         section = config.reconstructions
-        self._task, self._world = task, world
+        self._task, self._world, self._ranks = task, world, Ranks(world.host_group)
         self._resolution = config.phases[-1].resolution
         self._dataset, self._url = own[0], next(iter(config.data.datasets.values())).url
         if section.dataset:
@@ -109,7 +111,7 @@ class ReconstructionEvaluation:
             go_on: called before each pass; what it raises, on all ranks or none, ends the evaluation.
 
         Raises:
-            UserError: on all ranks, fewer than two images can be read.
+            UserError: on all ranks, fewer than two images can be read, or a rank's cannot be used.
         """
         world = self._world
         per_rank = -(-self._count // world.size)
@@ -118,7 +120,7 @@ class ReconstructionEvaluation:
         stand_in = np.zeros((self._resolution, self._resolution, 3), np.uint8)
         for start in range(0, per_rank, BATCH):
             go_on()
-            chunk, lost = self._read(mine[start : start + BATCH])
+            chunk, lost = self._ranks.on_all(partial(self._read, mine[start : start + BATCH]))
             skipped += lost
             pixels = np.stack([pixels for _, pixels in chunk] or [stand_in])
             images = pixels_to_images(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(world.device))
@@ -155,14 +157,23 @@ class ReconstructionEvaluation:
 
     def _read(self, numbers: range) -> tuple[list[tuple[int, Pixels]], list[dict[str, Any]]]:
         """Images by their number, and those that cannot be read."""
-        images, skipped = [], []
+        images, skipped = [], list[dict[str, Any]]()
+        down = ""
         for number in numbers:
             row = number * self._dataset.num_samples // self._count
-            sample = self._dataset.read(row)
             try:
+                if down:
+                    raise StorageError(down)
+                sample = self._dataset.read(row)
                 pixels = training_image(read_image(sample.image, min_side=self._resolution), self._resolution)
             except ImageError as e:
                 skipped.append({"sample": row, "key": sample.key, "reason": e.reason, "detail": e.detail})
-                continue
-            images.append((number, pixels))
+            except BadShard as e:
+                skipped.append({"sample": row, "reason": e.reason, "detail": one_line(e)})
+            except StorageError as e:
+                # one deadline a pass: the other ranks wait
+                down = one_line(e)
+                skipped.append({"sample": row, "reason": "storage", "detail": down})
+            else:
+                images.append((number, pixels))
         return images, skipped

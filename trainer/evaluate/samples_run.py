@@ -24,7 +24,7 @@ from trainer.evaluate.images_run import Evaluation
 from trainer.run_folder import EVALUATIONS, RunFolder
 from trainer.sampling.output import SampleFolder
 from trainer.sampling.prompts import Prompt
-from trainer.sampling.weights import opened
+from trainer.sampling.source import opened
 from trainer.whole_files import write_whole
 
 PROMPTS, SAMPLES = "prompts.jsonl", "samples"
@@ -79,18 +79,16 @@ def model_numbers(samples: Path) -> dict[str, Any]:
     return {key: about[key] for key in ("identity", "source", "cost", "truncated", "seconds", "drawn") if key in about}
 
 
-def record(source: str, found: Evaluation, model: Mapping[str, Any]) -> str:
-    """Into the run's folder, by step; the same evaluation again replaces itself. Returns the file's URL.
+def record_of(numbers: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(file of the run's folder, what goes into it), by step; the same evaluation again has the same file.
 
-    Raises:
-        UserError: the run's folder cannot be written.
+    Args:
+        numbers: of an `Evaluation`, with what was drawn as `model`.
+        identity: what was drawn with what, as samples.json has it.
     """
-    identity, numbers = model["identity"], found.numbers
     name = {"identity": identity, "definition": numbers["definition"]}
     digest = hashlib.sha256(json.dumps(name, sort_keys=True).encode()).hexdigest()[:12]
-    folder = RunFolder(opened(source).url)
-    file = f"{EVALUATIONS}/step-{identity['step']:08d}-{digest}.json"
-    tree = {
+    return f"{EVALUATIONS}/step-{identity['step']:08d}-{digest}.json", {
         "step": identity["step"],
         "weights": identity["weights"],
         "checkpoint": identity["checkpoint"],
@@ -101,10 +99,21 @@ def record(source: str, found: Evaluation, model: Mapping[str, Any]) -> str:
         "size": numbers["settings"]["size"],
         "definition": numbers["definition"],
         "sampling": identity["settings"],
+        "truncated": numbers["model"]["truncated"],
         "networks": numbers["networks"],
         "warnings": numbers["warnings"],
         "versions": numbers["versions"],
     }
+
+
+def record(source: str, found: Evaluation, model: Mapping[str, Any]) -> str:
+    """Into the run's folder. Returns the file's URL.
+
+    Raises:
+        UserError: the run's folder cannot be written.
+    """
+    file, tree = record_of(found.numbers, model["identity"])
+    folder = RunFolder(opened(source).url)
     try:
         folder.write_json(file, tree)
     except storage_errors() as e:

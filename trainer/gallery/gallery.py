@@ -19,7 +19,7 @@ from trainer.gallery.live_run import LiveRun
 from trainer.gallery.requests import Request
 from trainer.pictures import png
 from trainer.sampling.drawing import prepare
-from trainer.sampling.job import Options
+from trainer.sampling.options import Options
 from trainer.sampling.settings import SampleSettings
 
 T = TypeVar("T")

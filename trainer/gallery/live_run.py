@@ -7,7 +7,8 @@ from trainer.checkpoint.folder import CheckpointFolder, Entry
 from trainer.errors import UserError, one_line, storage_errors
 from trainer.run_folder import CHECKPOINTS
 from trainer.sampling.model import SamplingModel
-from trainer.sampling.weights import EMA, RAW, fill, opened
+from trainer.sampling.source import EMA, RAW, opened
+from trainer.sampling.weights import fill
 from trainer.tasks.latent_diffusion import TextToImage
 
 
@@ -75,7 +76,7 @@ class LiveRun:
         # frozen text encoders and codecs may be far larger than what was trained, and have not changed
         with torch.device("meta"):
             module = TextToImage(old.task)
-        module.to_empty(device=old.device)
+        module.to_empty(device=old.device).eval().requires_grad_(False)
         found = fill(module, run, self.weights, None)
         return SamplingModel(run.config, module, module.text or old.text, old.codec, old.device, step=found.step,
                              weights=found.weights, source=found.source)  # fmt: skip

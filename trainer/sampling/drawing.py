@@ -15,6 +15,7 @@ from trainer.checkpoint.collective import Ranks
 from trainer.config import config_digest
 from trainer.parallel.world import World
 from trainer.sampling.model import LOT, SamplingModel
+from trainer.sampling.options import Part
 from trainer.sampling.prompts import Prompt, digest
 from trainer.sampling.settings import SampleSettings
 
@@ -77,14 +78,6 @@ def prepare(model: SamplingModel, prompts: Sequence[Prompt], settings: SampleSet
     # of a few pictures a lot has just as many places, so that one picture does not cost eight
     model.lot = lot or min(LOT, len(prompts))
     return Work(model, settings, prompts, [cut[prompt] for prompt in prompts], model.lot)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Of several jobs that share a folder: number `index`, from 0, of `count`."""
-
-    index: int = 0
-    count: int = 1
 
 
 def lots_to_draw(positions: Sequence[int], lot: int, part: Part) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,96 +10,26 @@ import torch
 
 from trainer.checkpoint.collective import Ranks
 from trainer.checkpoint.folder import NAME
-from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.errors import ExitCode, UserError, one_line
 from trainer.parallel.world import World
 from trainer.pictures import sample_grid
 from trainer.run_folder import CHECKPOINTS, EMA_SNAPSHOTS
-from trainer.sampling.drawing import Part, Progress, Work, draw_all, lots_to_draw, prepare
+from trainer.sampling.drawing import Progress, Work, draw_all, lots_to_draw, prepare
 from trainer.sampling.model import SamplingModel
+from trainer.sampling.options import Options
 from trainer.sampling.output import SampleFolder
 from trainer.sampling.prompts import Prompt, gathered
-from trainer.sampling.settings import SampleSettings
-from trainer.sampling.weights import POST_HOC, opened
+from trainer.sampling.source import POST_HOC, opened
 from trainer.whole_files import write_whole
 
 GRID = 64
 """Pictures of a grid, at most."""
 IN_MEMORY = 256
 """Pictures without a folder, at most."""
-STEPS, GUIDANCE = 50, 2.0
-"""Of a run that draws no sample grids."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's, as they were given; None: as the run has it."""
-
-    source: str
-    weights: str = "ema"
-    prompts: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    per_prompt: int = 1
-    out: str | None = None
-    grid: str | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    guidance_rescale: float | None = None
-    seed: int = 0
-    size: tuple[int, int] | None = None
-    """(height, width) in pixels."""
-    batch_size: int = 8
-    lot: int | None = None
-    part: Part = field(default_factory=Part)
-    overwrite: bool = False
-    dry_run: bool = False
-
-    def check(self) -> None:
-        """What can be told before anything is read.
-
-        Raises:
-            UserError: naming the option.
-        """
-        if self.out is None and self.grid is None:
-            raise UserError("--out: nowhere to draw to; give --out FOLDER, --grid FILE.png, or both")
-        if self.grid is not None and not self.grid.lower().endswith(".png"):
-            raise UserError(f"--grid: {self.grid} is no .png file; give one")
-        if self.part.count > 1 and self.out is None:
-            raise UserError("--part: needs a folder that all parts share; give --out FOLDER")
-        if self.part.count > 1 and self.overwrite:
-            raise UserError("--overwrite: goes without --part; one part would remove what another has drawn")
-
-    def settings(self, config: RunConfig) -> SampleSettings:
-        """With the run's own in place of those that were not given."""
-        task = config.task
-        if not isinstance(task, LatentDiffusionConfig):
-            raise UserError(
-                f"{self.source}: a run of {task.kind}, which draws no pictures; give one of latent_diffusion"
-            )
-        own, given = config.samples, self.guidance_interval
-        height, width = self.size or (config.phases[-1].resolution,) * 2
-        sampler = "euler" if task.paradigm.kind == "flow" else "ddim"
-        return SampleSettings(
-            sampler=_first(self.sampler, own and own.sampler, sampler),
-            steps=_first(self.steps, own and own.num_steps, STEPS),
-            guidance=_first(self.guidance, own and own.guidance_scale, GUIDANCE),
-            guidance_interval=given if given is not None or own is None else own.guidance_interval,
-            guidance_rescale=_first(self.guidance_rescale, own and own.guidance_rescale, 0.0),
-            seed=self.seed,
-            resolution=height,
-            width=None if width == height else width,
-        )
 
 
 def pictures(count: int) -> str:
     return "1 picture" if count == 1 else f"{count} pictures"
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
 
 
 def run(
@@ -117,8 +46,8 @@ def run(
     Raises:
         UserError: as the message says, on all ranks.
     """
-    options.check()
     ranks = Ranks(world.host_group if world else None)
+    ranks.on_rank_0(options.check)  # which alone reads the prompts' files
     tell = say if ranks.rank == 0 else lambda line: None
     folder = None if options.out is None else SampleFolder(options.out)
     work = _open(options, place, folder, ranks)
@@ -126,14 +55,14 @@ def run(
     for line in _plan(work, about, options):
         tell(line)
     if options.dry_run:
-        left = ranks.on_rank_0(lambda: len(folder.missing(count)) if folder and not options.overwrite else count)
+        absent = ranks.on_rank_0(lambda: folder.missing(count) if folder and not options.overwrite else range(count))
+        left = sum(map(len, lots_to_draw(absent, work.lot, options.part)))
         tell(f"would draw {left} of {pictures(count)}" + (f" into {folder.path}" if folder else ""))
         return ExitCode.DONE
 
-    earlier: dict[str, Any] = {}
     missing = list(range(count))
     if folder is not None:
-        earlier, missing = ranks.on_rank_0(lambda: _claimed(folder, about, count, overwrite=options.overwrite))
+        missing = ranks.on_rank_0(lambda: _claimed(folder, about, count, overwrite=options.overwrite))
     if len(missing) < count:
         tell(f"{count - len(missing)} of {count} pictures are there")
     kept: dict[int, np.ndarray] = {}
@@ -143,12 +72,9 @@ def run(
     )  # fmt: skip
     if world and folder is None:
         kept = {position: image for part in world.gather(kept) for position, image in part.items()}
-    about |= {
-        "ranks": ranks.world_size,
-        "drawn": earlier.get("drawn", 0) + drawn.count,
-        "seconds": round(earlier.get("seconds", 0.0) + drawn.seconds, 3),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    about |= {"ranks": ranks.world_size, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    if folder is not None:
+        ranks.on_rank_0(lambda: folder.add_work(options.part, drawn.count, drawn.seconds))
     tell(f"drew {pictures(drawn.count)} in {drawn.seconds:.1f} s")
     code = ExitCode.REQUEUE if drawn.stopped else ExitCode.DONE
     if drawn.stopped:
@@ -212,12 +138,10 @@ def _plan(work: Work, about: dict[str, Any], options: Options) -> list[str]:
     return lines
 
 
-def _claimed(
-    folder: SampleFolder, about: dict[str, Any], count: int, *, overwrite: bool
-) -> tuple[dict[str, Any], list[int]]:
-    """(what earlier starts said of the folder, positions without a picture)."""
+def _claimed(folder: SampleFolder, about: dict[str, Any], count: int, *, overwrite: bool) -> list[int]:
+    """Positions without a picture."""
     folder.claim(about, overwrite=overwrite)
-    return folder.about() or {}, folder.missing(count)
+    return folder.missing(count)
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""A trained text-to-image model that draws pictures: whole in this process, without sharding.
+"""A trained text-to-image model that draws pictures: whole in this process; or sharded, amid its training.
 
 A picture follows from prompt, seed and position. The network always computes `lot` pictures at once, each at the place in
 the lot that its position gives it, and an empty place computes a stand-in: matrix products of another shape round otherwise,
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from trainer.checkpoint.collective import Ranks
 from trainer.config import LatentDiffusionConfig, RunConfig
@@ -24,7 +25,8 @@ from trainer.parallel.apply import autocast
 from trainer.sampling.draw import cost, draw_latents, noise_of
 from trainer.sampling.prompts import Prompt
 from trainer.sampling.settings import SampleSettings
-from trainer.sampling.weights import fill, opened
+from trainer.sampling.source import opened
+from trainer.sampling.weights import fill
 from trainer.tasks.latent_diffusion import TextToImage
 from trainer.tensors import images_to_pixels
 
@@ -48,7 +50,7 @@ class SamplingModel:
         self.config, self.step, self.weights, self.source, self.sha256 = config, step, weights, source, sha256
         self.task: LatentDiffusionConfig = config.task
         self.device, self.codec, self.text = device, codec, text
-        self.module = module.eval().requires_grad_(False)
+        self.module = module
         self.exact = False
         """Draw in float32 also where training computes in bfloat16."""
         self.lot = LOT
@@ -77,7 +79,7 @@ class SamplingModel:
             raise UserError(f"{source}: a run of {task.kind}, which draws no pictures; give one of latent_diffusion")
         with torch.device("meta"):
             module = TextToImage(task)
-        module.to_empty(device=device)
+        module.to_empty(device=device).eval().requires_grad_(False)
         found, ranks = fill(module, run, weights, group), Ranks(group)
         text = ranks.on_all(lambda: module.text or build_text_encoder(task.text, device))
         codec = ranks.on_all(lambda: load_codec(task.codec).to(device))
@@ -133,13 +135,15 @@ class SamplingModel:
         """One caption at a time, so that neighbours do not change a caption's states by their rounding."""
         found: dict[str | None, Condition] = {}
         for caption in dict.fromkeys(captions):
-            text = self.text.prepare([caption]).to(self.device)
-            if self.text.frozen:
-                found[caption] = self.text(text)
-            else:
-                with self._precision():
-                    found[caption] = self.text(text)
+            found[caption] = self._condition(caption)
         return joined([found[caption] for caption in captions])
+
+    def _condition(self, caption: str | None) -> Condition:
+        text = self.text.prepare([caption]).to(self.device)
+        if self.text.frozen:
+            return self.text(text)
+        with self._precision():
+            return self.module.encode_text(text)
 
     # --------------------------------------------------------------------------------------------------------- pictures
 
@@ -190,3 +194,24 @@ class SamplingModel:
 
         noise = noise_of(settings, positions, self.codec.latent_channels, self.codec.downsampling).to(self.device)
         return self.codec.decode(draw_latents(model, paradigm, noise, settings)).float()
+
+
+class ShardedModel(SamplingModel):
+    """One whose module is sharded over ranks, as it is while it is trained: `images` is a collective, of one lot at a time, and
+    gathers a block at a time. It draws with the weights that the module has then, and leaves its mode to the caller."""
+
+    def __init__(
+        self, config: RunConfig, module: TextToImage, text: TextEncoder, codec: Codec, device: torch.device, *,
+        step: int = 0, weights: str = "ema", source: str = "", sha256: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config, module, text, codec, device, step=step, weights=weights, source=source, sha256=sha256)
+        # the embeddings are the root's own parameters: a call of the encoder alone would find them sharded
+        register_fsdp_forward_method(module, "encode_text")
+
+    def _conditions(self, captions: Sequence[str | None]) -> Condition:
+        """As many passes through the sharded encoder on each rank, however many captions are alike."""
+        found = super()._conditions(captions)
+        if not self.text.frozen:
+            for _ in range(self.lot + 1 - len(set(captions))):
+                self._condition(None)
+        return found

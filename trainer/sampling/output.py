@@ -3,6 +3,7 @@
 images/00000000.png    a picture by its position
 samples.json           settings, source, what it cost; `complete` once all pictures are there
 samples.jsonl          then, a line a picture: position, prompt, file, whether the prompt was cut
+parts/0-of-4.json      pictures and seconds of a part's starts, for the sums in samples.json
 """
 
 import json
@@ -17,10 +18,11 @@ from PIL import Image
 
 from trainer.errors import UserError, one_line
 from trainer.pictures import png
+from trainer.sampling.options import Part
 from trainer.sampling.prompts import Prompt
 from trainer.whole_files import write_whole
 
-ABOUT, ROWS, IMAGES = "samples.json", "samples.jsonl", "images"
+ABOUT, ROWS, IMAGES, PARTS = "samples.json", "samples.jsonl", "images", "parts"
 _NAME = re.compile(r"\d{8,9}\.png")
 _LIMIT = 1 << 20
 """Largest samples.json that is read."""
@@ -81,6 +83,8 @@ class SampleFolder:
             if overwrite:
                 self._clear()
             if found is None or overwrite:
+                for path in (self.path / PARTS).glob("*.json"):
+                    path.unlink(missing_ok=True)
                 self.note(about)
             elif found.get("complete") and self.missing(about["identity"]["prompts"]["count"]):
                 self.note(found)  # it was whole, and pictures were taken out
@@ -123,9 +127,35 @@ class SampleFolder:
         with Image.open(self.path / name_of(position)) as image:
             return np.asarray(image.convert("RGB"))
 
+    def add_work(self, part: Part, drawn: int, seconds: float) -> None:
+        """What a start has done, beside what earlier ones of its part have. In a file of its own: parts end when they will."""
+        name = f"{part.index}-of-{part.count}"
+        before = self.work()["parts"].get(name, {"drawn": 0, "seconds": 0.0})
+        now = {"drawn": before["drawn"] + drawn, "seconds": round(before["seconds"] + seconds, 3)}
+        self._write(f"{PARTS}/{name}.json", json.dumps(now) + "\n")
+
+    def work(self) -> dict[str, Any]:
+        """`drawn` and `seconds` of all parts together, and of each by its name.
+
+        Raises:
+            UserError: a record is damaged.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        for path in sorted((self.path / PARTS).glob("*-of-*.json")):
+            try:
+                tree = json.loads(path.read_text())
+                parts[path.stem] = {"drawn": int(tree["drawn"]), "seconds": float(tree["seconds"])}
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+                raise UserError(f"{path}: not of this command ({one_line(e)}); remove it") from None
+        return {
+            "drawn": sum(part["drawn"] for part in parts.values()),
+            "seconds": round(sum(part["seconds"] for part in parts.values()), 3),
+            "parts": parts,
+        }
+
     def note(self, about: Mapping[str, Any]) -> None:
         """What is known so far."""
-        self._write(ABOUT, json.dumps({**about, "complete": False}, indent=1) + "\n")
+        self._write(ABOUT, json.dumps({**about, **self.work(), "complete": False}, indent=1) + "\n")
 
     def finish(self, about: Mapping[str, Any], prompts: Sequence[Prompt], cut: Sequence[bool]) -> None:
         """All pictures are there: say so."""
@@ -139,7 +169,9 @@ class SampleFolder:
             for i, (prompt, is_cut) in enumerate(zip(prompts, cut, strict=True))
         )
         self._write(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self._write(ABOUT, json.dumps({**about, "complete": True}, indent=1) + "\n")
+        work = None
+        while work != (work := self.work()):  # another part may end at the same time: whoever is last has seen both
+            self._write(ABOUT, json.dumps({**about, **work, "complete": True}, indent=1) + "\n")
 
     def _write(self, name: str, data: str | bytes) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,25 @@ MAX_CHARACTERS = 100_000
 """Of one prompt: no text encoder takes more."""
 
 
+def check_words(prompts: Sequence[str], files: Sequence[str], classes: Sequence[str]) -> None:
+    """What can be told before a file is read.
+
+    Raises:
+        UserError: none, both prompts and classes, classes that are none, or a file that is not there.
+    """
+    if classes and (prompts or files):
+        raise UserError("--classes: goes without --prompt and --prompts; a model takes one or the other")
+    if not (prompts or files or classes):
+        raise UserError(
+            "--prompt: nothing to draw; give --prompt TEXT, --prompts FILE, or of a model of classes --classes 0-9"
+        )
+    for word in classes:
+        parse_classes(word)
+    for file in files:
+        if file != "-" and not os.path.exists(file):
+            raise UserError(f"--prompts: {file} is not there; give a file of prompts, or - for the standard input")
+
+
 def gathered(
     prompts: Sequence[str], files: Sequence[str], classes: Sequence[str], *, per_prompt: int = 1
 ) -> list[Prompt]:
@@ -27,17 +47,12 @@ def gathered(
     Raises:
         UserError: none, both prompts and classes, or a file that cannot be read.
     """
-    if classes and (prompts or files):
-        raise UserError("--classes: goes without --prompt and --prompts; a model takes one or the other")
+    check_words(prompts, files, classes)
     found: list[Prompt] = [*prompts]
     for file in files:
         found += read_prompts(file)
     for word in classes:
         found += parse_classes(word)
-    if not found:
-        raise UserError(
-            "--prompt: nothing to draw; give --prompt TEXT, --prompts FILE, or of a model of classes --classes 0-9"
-        )
     if len(found) * per_prompt > MAX_PICTURES:
         raise UserError(f"--per-prompt: {len(found)} prompts {per_prompt} times are more than {MAX_PICTURES} pictures")
     for i, prompt in enumerate(found):

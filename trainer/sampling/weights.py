@@ -1,8 +1,9 @@
-"""Which weights a model draws with, and where they are read from."""
+"""The weights that a model draws with, read into it."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import fsspec
 import torch
@@ -11,49 +12,16 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.collective import Ranks
 from trainer.checkpoint.errors import CorruptCheckpoint
-from trainer.checkpoint.folder import NAME
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.records import Index
 from trainer.checkpoint.retention import unique_hold
-from trainer.config import RunConfig
-from trainer.errors import KEYS_MEND, UserError, one_line, storage_errors
-from trainer.run_folder import CHECKPOINTS, CONFIG, EMA_SNAPSHOTS, RunFolder
+from trainer.errors import UserError
+from trainer.run_folder import CHECKPOINTS, EMA_SNAPSHOTS
 from trainer.safetensors_source import SafetensorsSource
+from trainer.sampling.source import EMA, POST_HOC, RAW, OpenedRun, check_weights, post_hoc_of
 
-EMA, RAW, POST_HOC = "ema", "raw", "ema:"
-
-
-@dataclass(frozen=True)
-class OpenedRun:
-    url: str
-    """Of the run folder."""
-    checkpoint: str | None
-    """URL of the one that was asked for; None: the newest that verifies."""
-    config: RunConfig
-
-
-def opened(source: str) -> OpenedRun:
-    """
-    Raises:
-        UserError: neither a run folder nor a checkpoint of one.
-    """
-    url = source.rstrip("/")
-    above, _, last = url.rpartition("/")
-    checkpoint = url if NAME.fullmatch(last) else None
-    if checkpoint is not None:
-        folder, _, name = above.rpartition("/")
-        # "checkpoints/step-..." of a run in this very folder has nothing before its first slash
-        url = folder or "." if name == CHECKPOINTS else above
-    try:
-        run = RunFolder(url)
-        if not run.exists(CONFIG):
-            raise UserError(f"{source}: no run folder, and no checkpoint in one ({url}/{CONFIG} is missing); give a folder "
-                            "such as runs/demo, or runs/demo/checkpoints/step-...")  # fmt: skip
-        return OpenedRun(run.url, checkpoint, run.config())
-    except UserError:
-        raise
-    except storage_errors(ValueError, ImportError) as e:
-        raise UserError(f"{source}: cannot be read ({one_line(e)})" + f"; {KEYS_MEND}" * ("://" in url)) from None
+if TYPE_CHECKING:
+    from trainer.posthoc_ema import Plan, StoredAverages
 
 
 @dataclass(frozen=True)
@@ -75,35 +43,19 @@ def fill(module: nn.Module, run: OpenedRun, weights: str, group: dist.ProcessGro
     Raises:
         UserError: there are none, or they are not this model's.
     """
+    check_weights(weights)
     if weights in (EMA, RAW):
         return _from_checkpoint(module, run, weights, group)
     ranks = Ranks(group)
     if weights.startswith(POST_HOC):
         return _post_hoc(module, run, weights, ranks)
-    if weights.endswith(".safetensors"):
-        ranks.on_all(lambda: _put(module.state_dict(), SafetensorsSource(weights).read(), weights))
-        return Filled(0, weights, weights, ranks.on_rank_0(lambda: _sha256(weights)))
-    raise UserError(f"--weights: {weights!r} is none of ema, raw, ema:SIGMA and the URL of a .safetensors file")
+    ranks.on_all(lambda: _put(module.state_dict(), SafetensorsSource(weights).read(), weights))
+    return Filled(0, weights, weights, ranks.on_rank_0(lambda: _sha256(weights)))
 
 
-def post_hoc_of(weights: str, checkpoint: str | None) -> tuple[float, int | None]:
-    """(width, step) of ema:SIGMA, ema:SIGMA@STEP, or ema:SIGMA of a checkpoint; no step: the newest snapshot's.
-
-    Raises:
-        UserError: it is none of them.
-    """
-    width, at, step = weights.removeprefix(POST_HOC).partition("@")
-    try:
-        sigma_rel, asked = float(width), int(step) if at else None
-    except ValueError:
-        raise UserError(
-            f"--weights: {weights!r}; give a relative width, as ema:0.08, or with a step, ema:0.08@5000"
-        ) from None
-    if asked is None and checkpoint is not None:
-        match = NAME.fullmatch(checkpoint.rpartition("/")[2])
-        assert match is not None
-        asked = int(match[1])
-    return sigma_rel, asked
+def plan_of(averages: "StoredAverages", sigma_rel: float, step: int | None) -> "Plan":
+    """As `StoredAverages.plan`, of what `post_hoc_of` has read."""
+    return averages.plan(sigma_rel, step, width_field="--weights: sigma_rel", step_field="--weights: step")
 
 
 def _from_checkpoint(module: nn.Module, run: OpenedRun, weights: str, group: dist.ProcessGroup | None) -> Filled:
@@ -156,11 +108,11 @@ def _post_hoc(module: nn.Module, run: OpenedRun, weights: str, ranks: Ranks) -> 
 
     sigma_rel, step = post_hoc_of(weights, run.checkpoint)
     # of one step on all ranks: while they look, the run may write another snapshot
-    step = ranks.on_rank_0(lambda: StoredAverages(run.url).plan(sigma_rel, step).step)
+    step = ranks.on_rank_0(lambda: plan_of(StoredAverages(run.url), sigma_rel, step).step)
 
     def read() -> None:
         averages = StoredAverages(run.url)
-        _put(module.state_dict(), dict(averages.read(averages.plan(sigma_rel, step))), f"{run.url} ({weights})")
+        _put(module.state_dict(), dict(averages.read(plan_of(averages, sigma_rel, step))), f"{run.url} ({weights})")
 
     ranks.on_all(read)
     return Filled(step, f"{run.url}/{EMA_SNAPSHOTS}", f"{POST_HOC}{sigma_rel:g}@{step}")

@@ -69,6 +69,12 @@ class TextToImage(nn.Module):
         out: Tensor = self.denoiser(zt_BCHW, time_B, text, num_blocks)
         return out
 
+    def encode_text(self, text: TextInput) -> Condition:
+        """By the trainable encoder alone."""
+        assert self.text is not None
+        condition: Condition = self.text(text)
+        return condition
+
 
 class LatentDiffusionTask(Task):
     def __init__(

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from trainer.config import resolve_url
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.evaluate.features.networks import LoadedNetwork
+    from trainer.evaluate.image_sets import ImageSet
     from trainer.evaluate.images_run import Evaluation
     from trainer.evaluate.judged_sets import Judging
 
@@ -98,22 +100,38 @@ def process(device: str, batch_size: int) -> Iterator[Process]:
             dist.destroy_process_group()
 
 
+def check_there(argument: str, url: str) -> None:
+    """Before what takes seconds to import: whether images on this machine are there.
+
+    Raises:
+        UserError: they are not.
+    """
+    path = resolve_url(url)
+    if "://" not in path and not os.path.exists(path):
+        raise UserError(f"{argument}: {url}: no such folder; give one with images, or a dataset of `loupe data build`")
+
+
+def check_enough(
+    generated: int, real: "ImageSet", reference_count: int | None, networks: "Sequence[LoadedNetwork]", chosen: Sequence[str],
+    *, allow_few: bool,
+) -> None:  # fmt: skip
+    """`check_counts` before a picture is drawn or seen by a network.
+
+    Raises:
+        UserError: as it does.
+    """
+    from trainer.evaluate.image_measures import check_counts
+
+    dimensions = {network.name: network.network.dimensions for network in networks}
+    check_counts(generated, min(reference_count or len(real), len(real)), dimensions, chosen, allow_few=allow_few)
+
+
 def load_networks(words: Sequence[str], sums: Sequence[str], judging: "Judging") -> "list[LoadedNetwork]":
     """On the device; each rank its own."""
     from trainer.evaluate.features.networks import build_network, parse_networks
 
     parsed = parse_networks(words, sums)
     return judging.ranks.on_all(lambda: [build_network(*of_one).to(judging.device) for of_one in parsed])
-
-
-def cache_of(given: str | None) -> Path:
-    if given is not None:
-        if "://" in given:
-            raise UserError(f"--cache: {given} is no local folder; all ranks have to see it")
-        return Path(given)
-    from trainer.models.text_files import cache_folder
-
-    return cache_folder("--cache") / "evaluations"
 
 
 def tell(found: "Evaluation", folder: Path, process: Process) -> None:

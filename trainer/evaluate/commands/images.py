@@ -5,7 +5,14 @@ from typing import Any
 import click
 
 from trainer.errors import ExitCode
-from trainer.evaluate.commands.common import cache_of, load_networks, measuring_options, process, tell
+from trainer.evaluate.commands.common import (
+    check_enough,
+    check_there,
+    load_networks,
+    measuring_options,
+    process,
+    tell,
+)
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -32,8 +39,10 @@ def images(generated: str, real: str, out: str, size: int | None, count: int | N
       loupe evaluate images samples photos --out e --network my_networks:build
       torchrun --nproc-per-node 8 -m launch.cli evaluate images samples photos --out e --network inception=inception.pth
     """
+    check_there("GENERATED", generated)
+    check_there("REAL", real)
     from trainer.evaluate.image_sets import ImageSet, uniform_size
-    from trainer.evaluate.images_run import Settings, claim, evaluate_images, write
+    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, write
     from trainer.evaluate.judged_sets import Stopped
 
     metrics = tuple(name.strip() for name in (options["metrics"] or "").split(",") if name.strip())
@@ -47,12 +56,13 @@ def images(generated: str, real: str, out: str, size: int | None, count: int | N
         )  # fmt: skip
         networks = load_networks(options["networks"], options["sums"], here.judging)
         chosen = settings.chosen([n.name for n in networks], has_prompts=made.prompt(0) is not None)
+        taken = min(count or len(made), len(made))
+        check_enough(taken, truth, settings.reference_count, networks, chosen, allow_few=settings.allow_few)
         folder = ranks.on_rank_0(lambda: claim(out, overwrite=options["overwrite"], dry_run=options["dry_run"]))
         cache = ranks.on_rank_0(lambda: cache_of(options["cache"]))
         if options["dry_run"]:
-            taken = [f"{min(n or len(those), len(those))} of {len(those)}" for n, those in (
-                (count, made), (settings.reference_count, truth))]  # fmt: skip
-            here.say(f"{taken[0]} generated images, {taken[1]} real ones, at {side} px")
+            of_real = min(settings.reference_count or len(truth), len(truth))
+            here.say(f"{taken} of {len(made)} generated images, {of_real} of {len(truth)} real ones, at {side} px")
             for network in networks:
                 about = network.numbers()
                 here.say(f"{network.name}: {about['dimensions']} features, sha256 {about.get('sha256', '-')}")

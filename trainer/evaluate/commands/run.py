@@ -1,12 +1,24 @@
 """`loupe evaluate run`."""
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from trainer.config.sampling import SAMPLERS
 from trainer.errors import ExitCode, UserError
-from trainer.evaluate.commands.common import cache_of, load_networks, measuring_options, process, tell
+from trainer.evaluate.commands.common import (
+    check_enough,
+    check_there,
+    load_networks,
+    measuring_options,
+    process,
+    tell,
+)
+from trainer.sampling.options import Options
+from trainer.sampling.prompts import check_words, read_prompts
+from trainer.sampling.source import check_weights
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -55,8 +67,22 @@ def run(
       torchrun --nproc-per-node 8 -m launch.cli evaluate run runs/first --reference coco --out e --network dinov2=dinov2
       loupe job --gpus-per-task 1 -- loupe evaluate run runs/first --reference coco --out e --network dinov2=dinov2
     """
+    if prompts is not None and count is not None:
+        raise UserError("--count: goes without --prompts; the file says how many there are")
+    # before what takes seconds to import
+    asked = Options(
+        source, weights, sampler=sampler, steps=steps, guidance=guidance,
+        guidance_interval=guidance_interval, guidance_rescale=guidance_rescale, seed=noise_seed,
+        size=(size, size) if size else None, lot=lot, overwrite=options["overwrite"], dry_run=options["dry_run"],
+    )  # fmt: skip
+    asked.check_run()
+    check_weights(weights)
+    check_there("--reference", reference)
+    if prompts is not None and os.environ.get("RANK", "0") == "0":  # which alone reads it
+        check_words((), (prompts,), ())
+
     from trainer.evaluate.image_sets import ImageSet, uniform_size
-    from trainer.evaluate.images_run import Settings, claim, evaluate_images, write
+    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, write
     from trainer.evaluate.judged_sets import Stopped
     from trainer.evaluate.samples_run import (
         PROMPTS,
@@ -68,10 +94,7 @@ def run(
     )
     from trainer.evaluate.samples_run import record as record_in_run
     from trainer.sampling import job
-    from trainer.sampling.prompts import read_prompts
 
-    if prompts is not None and count is not None:
-        raise UserError("--count: goes without --prompts; the file says how many there are")
     metrics = tuple(name.strip() for name in (options["metrics"] or "").split(",") if name.strip())
     dry_run = options["dry_run"]
     with process(options["device"], options["batch_size"]) as here:
@@ -96,18 +119,18 @@ def run(
         )
         captioned = all(isinstance(prompt, str) for prompt in wanted)
         chosen = settings_at(16).chosen([n.name for n in networks], has_prompts=captioned)
-        sampling = job.Options(
-            source, weights, tuple(p for p in wanted if isinstance(p, str)) if dry_run else (),
-            () if dry_run else (str(folder / PROMPTS),),
-            tuple(str(p) for p in wanted if isinstance(p, int)) if dry_run else (), out=str(folder / SAMPLES),
-            sampler=sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale, seed=noise_seed, size=(size, size) if size else None, lot=lot,
-            overwrite=options["overwrite"], dry_run=dry_run,
+        check_enough(
+            len(wanted), truth, options["reference_count"], networks, chosen, allow_few=options["allow_few"]
+        )  # fmt: skip
+        asked = replace(
+            asked, prompts=tuple(p for p in wanted if isinstance(p, str)) if dry_run else (),
+            files=() if dry_run else (str(folder / PROMPTS),),
+            classes=tuple(str(p) for p in wanted if isinstance(p, int)) if dry_run else (), out=str(folder / SAMPLES),
         )  # fmt: skip
         if not dry_run:
             ranks.on_rank_0(lambda: write_prompts(folder, wanted))
         code = job.run(
-            sampling, judging.device, world=judging.world, stop=judging.stop, say=here.say, progress=judging.progress
+            asked, judging.device, world=judging.world, stop=judging.stop, say=here.say, progress=judging.progress
         )
         if dry_run:
             here.say(f"would measure {', '.join(chosen)} against {len(truth)} real images into {folder}")
