@@ -9,7 +9,7 @@ from tests.tiny import tiny
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.config_text import to_yaml
-from trainer.sampling.job import Options
+from trainer.sampling.options import Options
 from trainer.tasks.latent_diffusion import TextToImage
 
 CLASSES = "task.text={kind: classes, num_classes: 4, width: 32}"

@@ -61,12 +61,15 @@ class Snapshots:
             self.save(step, images)
 
     def _remove_later(self, step: int) -> list[int]:
-        """Steps of those that stay."""
-        folder = self._manager.folder
+        """Steps of those that stay. One that someone holds while reading it is set aside, and removed by a start after that."""
+        folder, what = self._manager.folder, "a snapshot of steps that are done again"
         entries = folder.entries()
         for entry in entries:
-            if entry.step > step:
-                retention.remove(folder, "a snapshot of steps that are done again", entry.name)
+            if entry.holds:
+                if entry.step > step and entry.committed:
+                    retention.set_aside(folder, entry.name, what)
+            elif entry.step > step or entry.set_aside:
+                retention.remove(folder, what, entry.name)
         return [entry.step for entry in entries if entry.committed and entry.step <= step]
 
     def save(self, step: int, images: int) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from trainer.checkpoint.records import ITEM_BYTES, Index, Manifest, TensorRecord
 from trainer.checkpoint.retention import unique_hold
 from trainer.checkpoint.storage import DTYPES
 from trainer.errors import UserError
-from trainer.power_profiles import combine
+from trainer.power_profiles import combine, exponent
 from trainer.run_folder import EMA_SNAPSHOTS, RunFolder
 from trainer.train_state import profile_prefix
 
@@ -37,6 +38,8 @@ MODEL = "model."
 """What a snapshot holds beside averages, as the model had it: buffers."""
 PART_BYTES = 512 << 20
 """Of a snapshot's tensors that are read at a time."""
+READERS = 8
+"""Snapshots whose records are read at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,15 @@ class StoredAverages:
         self._folder = CheckpointFolder(f"{self.url}/{EMA_SNAPSHOTS}")
         self.damaged: list[str] = []
         """Why some are left out, a line each."""
-        by_step = {stored.step: stored for entry in self._folder.entries() if (stored := self._opened(entry))}
+        committed = [entry for entry in self._folder.entries() if entry.committed]
+        by_step: dict[int, Stored] = {}
+        with ThreadPoolExecutor(READERS, "snapshots") as pool:  # of storage far away each takes its time
+            for found in pool.map(self._opened, committed):
+                if isinstance(found, Stored):
+                    by_step[found.step] = found
+                    continue
+                self.damaged.append(found)
+                log.warning("a snapshot does not verify and is left out: %s", found)
         self.stored = [by_step[step] for step in sorted(by_step)]
         if not self.stored:
             why = f" ({self.damaged[0]})" if self.damaged else ""
@@ -114,15 +125,12 @@ class StoredAverages:
                 "and ema.snapshot_steps"
             )
 
-    def _opened(self, entry: Entry) -> Stored | None:
-        if not entry.committed:
-            return None
+    def _opened(self, entry: Entry) -> Stored | str:
+        """A text where it is left out, which says why."""
         try:
             manifest = read_manifest(self._folder, entry)
         except CorruptCheckpoint as e:
-            self.damaged.append(str(e))
-            log.warning("a snapshot does not verify and is left out: %s", e)
-            return None
+            return str(e)
         listed = manifest.state.get("profiles")
         if not isinstance(listed, list) or not listed or not all(isinstance(width, float) for width in listed):
             raise UserError(
@@ -130,8 +138,14 @@ class StoredAverages:
             )
         return Stored(entry, manifest, tuple(listed))
 
-    def plan(self, width: float, step: int | None = None, *, most_error: float = MOST_ERROR) -> Plan:
+    def plan(
+        self, width: float, step: int | None = None, *, most_error: float = MOST_ERROR, width_field: str = "sigma_rel",
+        step_field: str = "step",
+    ) -> Plan:  # fmt: skip
         """
+        Args:
+            width_field, step_field: what the user has given them by, for messages.
+
         Raises:
             UserError: no snapshot so late, or the profile's error is more than `most_error`.
         """
@@ -140,13 +154,15 @@ class StoredAverages:
         # later ones hold nothing of these steps that these do not
         usable = [stored for stored in self.stored if stored.step <= step]
         if step > newest or not usable:
-            raise UserError(f"step {step}: snapshots of {self.url} are of steps {self.stored[0].step} to {newest}; take one "
-                            "within")  # fmt: skip
+            raise UserError(
+                f"{step_field} {step}: snapshots of {self.url} are of steps {self.stored[0].step} to {newest}; take one within"
+            )
+        exponent(width, width_field)
         averages = [(stored, kept) for stored in usable for kept in stored.widths]
         found = combine([stored.step for stored, _ in averages], [kept for _, kept in averages], step, width)
         if not found.error <= most_error:
             raise UserError(
-                f"sigma_rel {width:g} at step {step}: the nearest of {len(usable)} snapshots is off by {found.error:.0%}; "
+                f"{width_field} {width:g} at step {step}: the nearest of {len(usable)} snapshots is off by {found.error:.0%}; "
                 "take a width nearer to those of ema.profiles, a step that has a snapshot, or a run with more of them"
             )
         kept_N = abs(found.weights_N) >= NEGLIGIBLE * abs(found.weights_N).max()

@@ -19,15 +19,18 @@ WIDEST = 1.0 / math.sqrt(12.0)
 """sigma_rel of the mean over all steps, gamma = 0."""
 
 
-def exponent(width: float) -> float:
+def exponent(width: float, field: str = "sigma_rel") -> float:
     """gamma of a width sigma_rel (Algorithm 2): the largest real root of g^3 + 7 g^2 + (16 - w^-2) g + 12 - w^-2.
+
+    Args:
+        field: what the user has given it by, for the message.
 
     Raises:
         UserError: not between 0 and that of the plain mean.
     """
     if not 0.0 < width < WIDEST:
         raise UserError(
-            f"sigma_rel: {width:g} is not between 0 and {WIDEST:.4f}, the plain mean's; 0.05 to 0.2 are usual"
+            f"{field}: {width:g} is not between 0 and {WIDEST:.4f}, the plain mean's; 0.05 to 0.2 are usual"
         )
     t = width**-2
     roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])

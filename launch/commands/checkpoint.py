@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,12 +77,13 @@ def list_checkpoints(run: str, roots: tuple[str, ...], as_json: bool) -> None:
 @click.pass_context
 def verify(ctx: click.Context, run: str, roots: tuple[str, ...]) -> None:
     """Read all of RUN's checkpoints, or the one that is named, and compare every byte with its checksum. Ends with 1 where one
-    is damaged, or where there is none. Nothing is marked or changed."""
+    is damaged, or where there is none. One that a training deletes meanwhile is not damaged. Nothing is marked or changed."""
+    from trainer.checkpoint.opened import GONE, is_gone
     from trainer.checkpoint.opened import verify as verify_all
 
     folder, only = _folder(run, roots)
     found = [listed for listed in _survey(folder, only) if listed.entry.committed or listed.entry.set_aside]
-    damaged = 0
+    damaged = gone = 0
     with _progress(sum(listed.num_bytes for listed in found), "verifying") as advance:
         for listed in found:
             where = folder.url_of(listed.entry.name)
@@ -90,11 +92,15 @@ def verify(ctx: click.Context, run: str, roots: tuple[str, ...]) -> None:
                 aside = ", though it was set aside" if listed.entry.set_aside else ""
                 click.echo(f"{where}: whole ({len(manifest.objects)} files, {size(listed.num_bytes)}){aside}")
             except (CorruptCheckpoint, UserError) as e:
+                if is_gone(folder, listed.entry):
+                    gone += 1
+                    click.echo(f"{where}: {GONE}")
+                    continue
                 damaged += 1
                 click.echo(f"{where}: DAMAGED: {printable(str(e))}")
     if not found:
         click.echo(f"{folder.url}: no checkpoints")
-    ctx.exit(DAMAGED if damaged or not found else 0)
+    ctx.exit(DAMAGED if damaged or gone == len(found) else 0)
 
 
 @checkpoint.command()
@@ -120,7 +126,7 @@ def convert(run: str, out: Path, roots: tuple[str, ...], form: str, weights: str
         raise click.UsageError(f"{out}: give a name that ends in .safetensors, by which readers know it")
     opened = _open(run, roots)
     with _told(), opened.held("convert"):
-        names = chosen(opened, weights)
+        names = chosen(opened.index, opened.url, weights)
         total = sum(map(opened.num_bytes, names))
         if form == "safetensors":
             with _progress(total, "writing") as advance:
@@ -161,7 +167,8 @@ def diff(ctx: click.Context, here: str, there: str, roots: tuple[str, ...], pref
         ("tensors there alone", found.only_there),
         ("of another type or shape", [f"{n}: {a} here, {b} there" for n, a, b in found.other_shape]),
         ("of other values (largest difference; its norm over the tensor's)",
-         [f"{d.name}: {d.largest:.4g}; {d.relative:.4g}" for d in found.different]),
+         [f"{d.name}: {d.largest:.4g}; {d.relative:.4g}" + f"; {d.nan} NaN on one side alone" * bool(d.nan)
+          for d in found.different]),
     ):  # fmt: skip
         if lines:
             click.echo(f"{what}: {len(lines)}")
@@ -208,8 +215,8 @@ def rm(
     if dry_run:
         click.echo(f"{len(chosen)} would be deleted")
         return
-    if not yes:
-        click.confirm(f"delete {len(chosen)}, for good?", abort=True)
+    if not yes and not _confirmed(f"delete {len(chosen)}, for good?"):
+        raise click.Abort
     # asked again: someone may have begun to read one while the question stood there
     _refuse(run, roots, folder, _survey(folder, None), chosen)
     with _told():
@@ -275,6 +282,22 @@ def _time(folder: "CheckpointFolder", entry: "Entry") -> float | None:
         return folder.committed_at(entry.name)
     except FileNotFoundError:  # deleted since it was listed
         return None
+
+
+def _confirmed(question: str) -> bool:
+    """
+    Raises:
+        UserError: nobody is there to answer.
+    """
+    try:
+        return click.confirm(question)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        click.echo()
+        raise UserError(
+            "--yes: nothing was deleted, as there is no terminal to ask on; give it to delete without"
+        ) from None
 
 
 def _to_delete(

@@ -69,7 +69,7 @@ def ema(
         return
     assert width is not None
     assert out is not None
-    plan = snapshots.plan(width, step)
+    plan = snapshots.plan(width, step, width_field="--sigma-rel", step_field="--at")
     click.echo(_line(plan))
     _write(snapshots, plan, out, dtype, overwrite=overwrite)
 
@@ -101,7 +101,7 @@ def _sweep(snapshots: "StoredAverages", widths: Sequence[float], step: int | Non
         raise UserError("--sweep: names no width")
     for width in widths:
         try:
-            click.echo(_line(snapshots.plan(width, step)))
+            click.echo(_line(snapshots.plan(width, step, step_field="--at")))
         except UserError as e:
             click.echo(f"not to be had: {e}")
 

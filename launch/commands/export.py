@@ -82,6 +82,7 @@ def export(run: str, out: str, roots: tuple[str, ...], form: str, dtype: str, pu
     from launch.commands.runs import run_or_checkpoint
 
     source = run_or_checkpoint(run, roots)
+    _check(source, form, options)  # before what takes seconds to import
     from trainer.export.run import push_export
     from trainer.export.target import free_target
 
@@ -94,6 +95,22 @@ def export(run: str, out: str, roots: tuple[str, ...], form: str, dtype: str, pu
     if push:
         push_export(out, push)
         click.echo(f"copied to {push}")
+
+
+def _check(source: str, form: str, options: dict[str, Any]) -> None:
+    """What the run's config alone tells of the options."""
+    from trainer.config import LatentDiffusionConfig
+    from trainer.sampling.source import check_weights, opened
+
+    task = opened(source).config.task
+    check_weights(options["weights"])
+    if form == "safetensors":
+        return
+    if not isinstance(task, LatentDiffusionConfig):
+        if options["weights"] != "ema":
+            raise click.UsageError(f"--weights: of a run of {task.kind} the average is exported; leave it out")
+    elif options["scale_of"]:
+        raise click.UsageError("--scale-of: is about an autoencoder's latents; leave it out")
 
 
 def _weights(source: str, out: str, dtype: str, options: dict[str, Any]) -> None:
@@ -112,19 +129,15 @@ def _folder(source: str, out: str, dtype: str, options: dict[str, Any]) -> None:
     from trainer.config import LatentDiffusionConfig
     from trainer.export.latent_diffusion import export_latent_diffusion
     from trainer.export.run import export_run, usage
-    from trainer.sampling.weights import opened
+    from trainer.sampling.source import opened
 
     kind, task = getattr(torch, dtype), opened(source).config.task
     if not isinstance(task, LatentDiffusionConfig):
-        if options["weights"] != "ema":
-            raise click.UsageError(f"--weights: of a run of {task.kind} the average is exported; leave it out")
         measured = export_run(source, out, dtype=kind, scale_of=options["scale_of"])
         click.echo(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
         for line in usage(source, out):
             click.echo(line)
         return
-    if options["scale_of"]:
-        raise click.UsageError("--scale-of: is about an autoencoder's latents; leave it out")
     done = export_latent_diffusion(
         source, out, dtype=kind, weights=options["weights"], layout=options["layout"],
         without_text_encoders=options["without_text_encoders"], prompts=options["prompts"], pictures=options["pictures"],

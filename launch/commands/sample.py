@@ -11,7 +11,7 @@ from trainer.config.sampling import SAMPLERS
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.sampling.drawing import Part
+    from trainer.sampling.options import Part
 
 WAIT_S = 7200.0
 """Longest that a rank waits for another's pictures."""
@@ -69,17 +69,23 @@ def sample(
       loupe job --array 4 --gpus-per-task 1 -- loupe sample runs/first --prompts coco.jsonl --out coco --part array
     """
     from launch.commands.runs import run_or_checkpoint
-    from trainer.evaluate.codec_report import choose_device, progress_bar
-    from trainer.parallel.world import init_world
-    from trainer.preemption import listening
-    from trainer.sampling.job import Options, run
+    from trainer.sampling.options import Options
 
+    # before what takes seconds to import
     asked = Options(source=source.rstrip("/"), size=_size(size), part=_part(part), **options)
-    asked.check()
     ranked = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if ranked and device != "auto":
         raise UserError(f"--device: {device} is for one process; ranks take a device each by themselves")
+    if not ranked or os.environ["RANK"] == "0":
+        asked.check()
     asked = replace(asked, source=run_or_checkpoint(asked.source, roots))
+    asked.check_run()
+
+    from trainer.evaluate.codec_report import choose_device, progress_bar
+    from trainer.parallel.world import init_world
+    from trainer.preemption import listening
+    from trainer.sampling.job import run
+
     place = choose_device(device)
     with listening() as stop:
         world = init_world(timeout_s=WAIT_S) if ranked else None
@@ -108,7 +114,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _part(text: str | None) -> "Part":
-    from trainer.sampling.drawing import Part
+    from trainer.sampling.options import Part
 
     if text is None:
         return Part()

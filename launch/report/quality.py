@@ -114,6 +114,9 @@ def _row(run: str | None, one: Measured, names: Sequence[str]) -> list[str]:
     drawn = (
         f"{sampling.get('sampler', '?')}, {sampling.get('steps', '?')} steps, guidance {sampling.get('guidance', '?')}"
     )
+    cut = one.record.get("truncated")
+    if isinstance(cut, int) and cut > 0:
+        drawn += f"; {count(cut, 'prompt')} longer than the text encoder takes, and cut"
     cells = []
     for name in names:
         shown = f"<b>{figure(one.values.get(name))}</b>"

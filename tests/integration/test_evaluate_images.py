@@ -87,7 +87,10 @@ def test_images(capsys: pytest.CaptureFixture[str], sets: tuple[str, str], tmp_p
     refused("--metrics: beauty is none; take fid", "--metrics", "beauty")
     refused("--metrics: clip_score needs --network clip=FOLDER", "--metrics", "clip_score")
     refused("--network: inception needs its weights", "--network", "inception")
-    refused("30 generated and 80 real images for 48 features", "--count", "30")
+    judged = sorted((tmp_path / "cache").iterdir())
+    for more in ((), ("--dry-run",)):  # counted before a network sees an image
+        refused("30 generated and 80 real images for 48 features", "--count", "30", "--resize", "bicubic", *more)
+    assert sorted((tmp_path / "cache").iterdir()) == judged
     code, _, err = call(capsys, "images", str(tmp_path / "none"), sets[1], "--out", str(tmp_path / "b"))
     assert code == 2
     assert "no such folder" in err
@@ -157,6 +160,9 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (code, err, out.exists()) == (0, "", False)
     assert "would draw 10 of 10 pictures" in said
     assert "would measure fid, kid" in said
+    code, _, err = call(capsys, *(word for word in words if word != "--allow-few"), "--out", str(out))
+    assert (code, (out / "samples").exists()) == (2, False), "before a picture is drawn"
+    assert "10 generated and 60 real images for 48 features" in err
     code, said, _ = call(capsys, *words, "--out", str(out))
     assert code == 0
     found = read(out)
@@ -174,6 +180,7 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     told = json.loads(recorded[0].read_text())
     assert told["figures"] == found["figures"]
     assert (told["step"], told["definition"]) == (7, found["definition"])
+    assert told["truncated"] == sum(row["truncated"] for row in rows) == sum(len(p.encode()) > 12 for p in prompts) > 0
 
     # measured as a folder of samples it has the same figures; killed midway it goes on without drawing again
     assert call(capsys, "images", str(out / "samples"), EMOJI, "--out", str(tmp_path / "e"), "--reference-count", "60",

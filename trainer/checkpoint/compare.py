@@ -13,9 +13,11 @@ from trainer.checkpoint.opened import NO_PROGRESS, OpenedCheckpoint
 class TensorDifference:
     name: str
     largest: float
-    """Of the elements' differences; NaN where one side alone is not finite."""
+    """Of the elements' differences, where both sides have a number."""
     relative: float
-    """Norm of the difference over that of the first."""
+    """Norm of those differences over that of the first."""
+    nan: int
+    """Elements that are NaN on one side alone."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Comparison:
     other_shape: tuple[tuple[str, str, str], ...]
     """Name, and type and shape of both."""
     equal: int
-    """Tensors that are the same bit by bit."""
+    """Tensors that are the same bit by bit; of NaN, two at one place are, whatever bits they have."""
     different: tuple[TensorDifference, ...]
-    """The relatively largest first."""
+    """Those with NaN on one side first, then the relatively largest."""
 
     @property
     def same(self) -> bool:
@@ -56,24 +58,37 @@ def compare(
     for part in here.parts(common):
         first, second = here.read(part), there.read(part)
         for name in part:
-            if torch.equal(_bits(first[name]), _bits(second[name])):
+            found = _difference(name, first[name], second[name])
+            if found is None:
                 equal += 1
             else:
-                different.append(_difference(name, first[name], second[name]))
+                different.append(found)
         on_bytes(sum(here.num_bytes(name) for name in part) * 2)
     return Comparison(
         tuple(n for n in ours if n not in theirs), tuple(n for n in theirs if n not in ours), tuple(shapes), equal,
-        tuple(sorted(different, key=lambda d: (d.relative == d.relative, -d.relative))),
+        tuple(sorted(different, key=lambda d: (not d.nan, -d.relative))),
     )  # fmt: skip
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    """(elements, bytes of one), uint8."""
+    return tensor.contiguous().reshape(-1, 1).view(torch.uint8)
 
 
-def _difference(name: str, first: Tensor, second: Tensor) -> TensorDifference:
-    a, b = first.double(), second.double()
-    difference = a - b
-    norm = torch.linalg.vector_norm(a)
-    relative = torch.linalg.vector_norm(difference) / norm if norm > 0 else torch.tensor(float("inf"))
-    return TensorDifference(name, difference.abs().max().item(), relative.item())
+def _difference(name: str, first: Tensor, second: Tensor) -> TensorDifference | None:
+    """None where there is none."""
+    bits_a, bits_b = _bits(first), _bits(second)
+    if torch.equal(bits_a, bits_b):
+        return None
+    a, b = first.reshape(-1).double(), second.reshape(-1).double()
+    nan_a, nan_b = a.isnan(), b.isnan()
+    differs = (bits_a != bits_b).any(1) & ~(nan_a & nan_b)
+    if not differs.any():
+        return None
+    numbers = differs & ~nan_a & ~nan_b
+    difference = (a - b)[numbers]
+    norm = torch.linalg.vector_norm(a[a.isfinite()])
+    off = torch.linalg.vector_norm(difference)
+    relative = off / norm if norm > 0 else torch.tensor(float("inf") if off > 0 else 0.0)
+    largest = difference.abs().max().item() if len(difference) else 0.0
+    return TensorDifference(name, largest, relative.item(), int((nan_a ^ nan_b).sum()))

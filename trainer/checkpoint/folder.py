@@ -133,6 +133,11 @@ class CheckpointFolder:
                     if isinstance(file, AbstractBufferedFile):
                         file.discard()
                         file.closed = True
+                    else:  # what such storage has been given is there already
+                        with contextlib.suppress(Exception):
+                            file.close()
+                        with contextlib.suppress(Exception):
+                            self.fs.rm_file(path)
                     raise
                 file.close()
 
@@ -147,6 +152,8 @@ class CheckpointFolder:
         except BaseException:
             with contextlib.suppress(OSError):  # a full disk fails again here, and the first error is the one to tell
                 file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
         file.close()
         os.replace(temporary, path)

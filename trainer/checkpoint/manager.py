@@ -324,15 +324,13 @@ class CheckpointManager:
         return manifest
 
     def _set_aside(self, checkpoint: str, reason: str, on_set_aside: Callable[[str, str], None] | None) -> None:
-        """Mark it with an object of its own: object stores cannot rename, and the evidence stays as it is."""
         url = self.folder.url_of(checkpoint)
         if self._config_digest is None:
             log.warning("checkpoint %s does not verify and is passed over: %s", url, reason)
             self._passed_over.add(checkpoint)
             return
         log.error("checkpoint %s does not verify and is set aside: %s", url, reason)
-        mark = {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        self.folder.write(f"{checkpoint}/{names.SET_ASIDE}", json.dumps(mark, indent=1).encode() + b"\n")
+        retention.set_aside(self.folder, checkpoint, reason)
         if on_set_aside:
             on_set_aside(url, reason)
 

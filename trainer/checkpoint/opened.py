@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 PART_BYTES = 512 << 20
 """Of tensors that are in memory at once, unless one alone is larger."""
 
+GONE = "deleted meanwhile"
+"""The problem of one that was there when it was listed."""
+
 NO_PROGRESS: Callable[[int], None] = lambda _: None  # noqa: E731
 
 
@@ -58,7 +61,14 @@ def _listed(folder: CheckpointFolder, entry: Entry) -> Listed:
     try:
         return Listed(entry, read_manifest(folder, entry), "")
     except (CorruptCheckpoint, UserError) as e:
-        return Listed(entry, None, str(e).removeprefix(f"{folder.url_of(entry.name)}/"))
+        gone = is_gone(folder, entry)
+        return Listed(entry, None, GONE if gone else str(e).removeprefix(f"{folder.url_of(entry.name)}/"))
+
+
+def is_gone(folder: CheckpointFolder, entry: Entry) -> bool:
+    """Whether it was deleted since it was listed, as retention of a run that goes on does: then it is not damaged. COMMIT goes
+    first."""
+    return names.COMMIT in entry.sizes and names.COMMIT not in folder.sizes(entry.name)
 
 
 def verify(folder: CheckpointFolder, entry: Entry, on_bytes: Callable[[int], None] = NO_PROGRESS) -> Manifest:

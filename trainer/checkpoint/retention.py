@@ -1,7 +1,9 @@
 """Which checkpoints stay: the newest ones, and those that someone holds while reading them."""
 
+import json
 import logging
 import secrets
+import time
 
 from trainer.checkpoint import folder as names
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
@@ -71,6 +73,13 @@ def retain(folder: CheckpointFolder, just_written: str, keep_last: int) -> None:
             needless = entry.step <= step
         if needless:
             remove(folder, "an old checkpoint", entry.name)
+
+
+def set_aside(folder: CheckpointFolder, checkpoint: str, reason: str) -> None:
+    """Mark it with an object of its own, so that nobody takes it any more: object stores cannot rename, and what is in it stays
+    as it is."""
+    mark = {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    folder.write(f"{checkpoint}/{names.SET_ASIDE}", json.dumps(mark, indent=1).encode() + b"\n")
 
 
 def remove(folder: CheckpointFolder, what: str, checkpoint: str) -> None:

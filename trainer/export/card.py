@@ -36,7 +36,7 @@ def card(
         f"![pictures of this model]({SAMPLES})\n\n" + "\n".join(f"{i}. {_quoted(p)}" for i, p in enumerate(prompts, 1)),
         f"## Use\n\n```python\n{usage(pipeline, parity, prompts, missing)}\n```\n\n" + "\n\n".join(notes),
         "## Training\n\n" + _phases(facts),
-        "## Results\n\n" + _results(facts),
+        "## Results\n\n" + _results(facts, step),
         "## Data\n\n" + "\n".join(f"- {line}" for line in _data(facts)),
         "## Licence\n\n" + _licence(facts, licence),
         "## This export\n\n" + _export(facts, step, weights, dtype, parity),
@@ -98,12 +98,14 @@ def _phases(facts: Facts) -> str:
     return table(("phase", "steps", "resolution", "batch", "learning rate", "EMA decay", "perceptual loss"), rows)
 
 
-def _results(facts: Facts) -> str:
-    rows = [(f"{name}, last interval", f"{value:.4g}") for name, value in sorted(facts.losses.items())]
+def _results(facts: Facts, step: int) -> str:
+    rows = [
+        (f"{name}, interval up to step {facts.losses_step}", f"{value:.4g}")
+        for name, value in sorted(facts.losses.items())
+    ]
     rows += [(name, f"{value:.4g}") for name, value in _numbers(facts.summary) if name.startswith("prompt_accuracy")]
-    for record in facts.evaluations[-1:]:
-        rows += [(f"{name}, evaluation at step {record.get('step')}", f"{value:.4g}") for name, value in _numbers(record)
-                 if name not in ("step", "time")]  # fmt: skip
+    rows += [(f"{name}, evaluation at step {facts.evaluation['step']}", f"{value:.4g}")
+             for name, value in _numbers(facts.evaluation) if name not in ("step", "time")]  # fmt: skip
     for record in facts.measured:
         counts, figures = (part if isinstance(part := record.get(name), dict) else {} for name in ("counts", "figures"))
         about = (
@@ -111,7 +113,7 @@ def _results(facts: Facts) -> str:
             f"against {counts.get('real')} at {record.get('size')} px, definition {record.get('definition')}"
         )
         rows += [(f"{_plain(name)}; {about}", shown) for name, figure in figures.items() if (shown := _figure(figure))]
-    return table(("metric", "value"), rows) if rows else "The run has left no figures."
+    return table(("metric", "value"), rows) if rows else f"The run has left no figures up to step {step}."
 
 
 def _figure(figure: Any) -> str:

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from trainer.checkpoint.opened import NO_PROGRESS, OpenedCheckpoint
+from trainer.checkpoint.records import Index
 from trainer.checkpoint.storage import DTYPES
 from trainer.errors import UserError
 from trainer.safetensors_stream import SafetensorsStream
@@ -20,20 +21,22 @@ STATE = "loupe.json"
 """Beside a DCP folder's own files: step, images seen and the trainer's state."""
 
 
-def chosen(checkpoint: OpenedCheckpoint, weights: str) -> dict[str, str]:
-    """Names in the checkpoint to those that are written.
+def chosen(index: Index, where: str, weights: str) -> dict[str, str]:
+    """Names in a checkpoint to those that are written.
 
     Args:
-        weights: all; or ema or raw: the module's tensors alone, by their own names.
+        where: its URL, for messages.
+        weights: all; or ema or raw: the module's tensors alone, by their own names; of what no average is of, as of buffers,
+            ema takes the model's.
 
     Raises:
         UserError: the checkpoint has none of them.
     """
-    stored = checkpoint.index.tensors
+    stored = index.tensors
     if weights == "all":
         return {name: name for name in stored}
     if weights == "ema" and not any(name.startswith("ema.") for name in stored):
-        raise UserError(f"{checkpoint.url}: holds no averaged weights; take --weights raw")
+        raise UserError(f"{where}: holds no averaged weights; take --weights raw")
     names = {}
     for name in stored:
         if name.startswith("model."):
@@ -41,7 +44,9 @@ def chosen(checkpoint: OpenedCheckpoint, weights: str) -> dict[str, str]:
             average = f"ema.{ours}"
             names[average if weights == "ema" and average in stored else name] = ours
     if not names:
-        raise UserError(f"{checkpoint.url}: holds no tensor called model.*; take --weights all")
+        raise UserError(
+            f"{where}: holds no tensor called model.*; `loupe checkpoint convert --weights all` takes the others"
+        )
     return names
 
 

@@ -26,7 +26,7 @@ from trainer.pictures import sample_grid
 from trainer.run_folder import CONFIG, RunFolder
 from trainer.sampling.model import SamplingModel
 from trainer.sampling.settings import SampleSettings
-from trainer.sampling.weights import opened
+from trainer.sampling.source import opened
 
 PICTURES = 8
 
@@ -80,7 +80,7 @@ def export_latent_diffusion(
                         "and is part of it; leave the option out")  # fmt: skip
     round_to(model.module, dtype)
     round_to(model.codec.vae, dtype)
-    facts = facts_of(RunFolder(opened(run).url))
+    facts = facts_of(RunFolder(opened(run).url), model.step)
     settings = _settings(model, steps)
     given = list(prompts)[:pictures] if prompts else captions_of(model.config, pictures)
 

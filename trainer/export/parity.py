@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from trainer.errors import UserError, one_line
 from trainer.export.components import Component
@@ -55,7 +57,7 @@ def check_pictures(
     if sd3:
         settings = replace(settings, guidance_interval=None, guidance_rescale=0.0)
     ours = model.images(list(prompts), range(len(prompts)), settings).cpu().numpy()
-    with tempfile.TemporaryDirectory(prefix="loupe-export-") as work:
+    with tempfile.TemporaryDirectory(prefix="loupe-export-") as work, _on_host(model):
         theirs = _drawn(model, folder, prompts, settings, sd3, components, Path(work))
     if theirs.shape != ours.shape:
         raise UserError(
@@ -70,6 +72,21 @@ def check_pictures(
             "nothing was written; take the versions of torch and diffusers that are tested together"
         )
     return Parity(len(ours), settings, largest, float(np.mean(difference > 0))), ours
+
+
+@contextmanager
+def _on_host(model: SamplingModel) -> Iterator[None]:
+    """The model leaves its device to the other process, which reads it once more: a large one is not there twice."""
+    if model.device.type == "cpu":
+        yield
+        return
+    parts: tuple[nn.Module, ...] = (model.module, model.text, model.codec)
+    for part in parts:
+        part.to("cpu")
+    torch.cuda.empty_cache()
+    yield
+    for part in parts:
+        part.to(model.device)
 
 
 def _drawn(

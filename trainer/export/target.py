@@ -56,6 +56,11 @@ def free_target(out: str) -> Target:
     """
     try:
         fs, root = url_to_fs(out)
+        # a link stays what it is, and the export goes to where it leads: by rename it would become a folder
+        if isinstance(fs, LocalFileSystem):
+            root = os.path.realpath(root)
+            if os.path.islink(root):
+                raise UserError(f"{out}: a link that leads to itself; give another name")
         target = Target(out, fs, root.rstrip("/"))
         names = _names(target)
         known = _known(target, names)

@@ -12,12 +12,14 @@ from trainer.checkpoint.records import Index
 from trainer.checkpoint.retention import unique_hold
 from trainer.checkpoint.storage import DTYPES
 from trainer.errors import UserError
+from trainer.export.checkpoint_files import chosen
 from trainer.export.components import write_weights
 from trainer.export.facts import facts_of
 from trainer.export.latent_diffusion import write_config, write_record
 from trainer.export.target import free_target, put_in_place
 from trainer.run_folder import CHECKPOINTS, RunFolder
-from trainer.sampling.weights import EMA, POST_HOC, RAW, opened, post_hoc_of
+from trainer.sampling.source import EMA, POST_HOC, RAW, opened, post_hoc_of
+from trainer.sampling.weights import plan_of
 
 STEM = "model"
 
@@ -47,7 +49,7 @@ def export_weights(run: str, out: str, *, dtype: torch.dtype | None = None, weig
     step, state = read_weights(folder, found.checkpoint, weights)
     state = {name: _as(dtype, name, tensor) for name, tensor in state.items()}
     config, size = found.config, sum(tensor.nbytes for tensor in state.values())
-    facts = facts_of(folder)
+    facts = facts_of(folder, step)
 
     def write(where: Path) -> None:
         write_weights(state, where, STEM, {"run": config.name, "step": str(step), "weights": weights})
@@ -75,16 +77,10 @@ def read_weights(run: RunFolder, checkpoint: str | None, weights: str) -> tuple[
 
     def choose(index: Index, where: str) -> Mapping[str, Tensor]:
         found.clear()
-        chosen: dict[str, Tensor] = {}
-        if weights == EMA and not any(name.startswith("ema.") for name in index.tensors):
-            raise UserError(f"{where}: holds no averaged weights; take --weights raw")
-        for name in index.tensors:
-            if name.startswith("model."):
-                ours = name.removeprefix("model.")
-                stored = f"ema.{ours}" if weights == EMA and f"ema.{ours}" in index.tensors else name
-                record = index.tensors[stored]
-                found[ours] = chosen[stored] = torch.empty(record.size, dtype=DTYPES[record.dtype])
-        return chosen
+        names, records = chosen(index, where, weights), index.tensors
+        targets = {n: torch.empty(records[n].size, dtype=DTYPES[records[n].dtype]) for n in names}
+        found.update((ours, targets[name]) for name, ours in names.items())
+        return targets
 
     manager = CheckpointManager(f"{run.url}/{CHECKPOINTS}", keep_last=2, config_digest=None, code_version="")
     restored = manager.read(choose, path=checkpoint, hold=unique_hold("export"))
@@ -98,7 +94,7 @@ def _post_hoc(run: RunFolder, checkpoint: str | None, weights: str) -> tuple[int
     from trainer.posthoc_ema import StoredAverages
 
     averages = StoredAverages(run.url)
-    plan = averages.plan(*post_hoc_of(weights, checkpoint))
+    plan = plan_of(averages, *post_hoc_of(weights, checkpoint))
     return plan.step, dict(averages.read(plan))
 
 

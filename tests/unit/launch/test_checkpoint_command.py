@@ -5,6 +5,7 @@ import os
 import socket
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import pytest
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from launch.commands.checkpoint import checkpoint
 from tests.tiny import tiny
+from trainer.checkpoint import opened
+from trainer.checkpoint.folder import CheckpointFolder, Entry
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.records import Manifest
 from trainer.config_text import to_yaml
 from trainer.errors import UserError
 
@@ -111,6 +115,25 @@ def test_verify_of_nothing_is_no_success(tmp_path: Path) -> None:
     assert ask("verify", tmp_path).exit_code == 1
 
 
+def test_verify_tells_what_a_training_deletes_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = of_step(run, 20)
+    original = opened.verify
+
+    def verify(folder: CheckpointFolder, entry: Entry, *more: Any) -> Manifest:
+        if entry.step == 20 and gone.exists():  # retention, after it was listed
+            folder.remove(entry.name)
+        return original(folder, entry, *more)
+
+    monkeypatch.setattr(opened, "verify", verify)
+    result = ask("verify", run)
+    assert result.exit_code == 0
+    assert f"{gone}: deleted meanwhile" in result.output.splitlines()
+    assert "DAMAGED" not in result.output
+    save(run, 20)
+    gone = of_step(run, 20)
+    assert ask("verify", gone).exit_code == 1, "nothing whole was seen"
+
+
 @pytest.mark.parametrize("weights", ["ema", "raw", "all"])
 def test_convert_to_one_safetensors_file(weights: str, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "x.safetensors"
@@ -178,12 +201,39 @@ def test_diff(run: Path, tmp_path: Path) -> None:
     assert "optim.step: 20; 2" in first  # |10 - 30| and over |10|
 
 
+def test_diff_counts_nan(run: Path, tmp_path: Path) -> None:
+    """Two at one place are equal, whatever bits they have; one against a number differs, and the numbers are compared."""
+    mine, other = tensors(30), tmp_path / "other"
+    here, there = mine["model.q.weight"].clone(), mine["model.q.weight"].clone()
+    here[0, :2] = there[0, :2] = float("nan")
+    there.view(torch.int32)[0, 1] += 1  # another NaN
+    assert there[0, 1].isnan()
+    infinite = mine["ema.q.weight"].clone()
+    infinite[0, 0] = float("inf")
+    save(run, 40, changed={"model.q.weight": here, "ema.q.weight": infinite})
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    save(other, 40, changed={"model.q.weight": there, "ema.q.weight": infinite})
+    result = ask("diff", run, other)
+    assert result.exit_code == 0, result.output
+    there[1, :3] = float("nan")
+    there[2, 2] += 0.5
+    save(other, 50, changed={"model.q.weight": there, "ema.q.weight": infinite})
+    result = ask("diff", of_step(run, 40), other, "--prefix", "model.q.weight")
+    assert result.exit_code == 1
+    relative = 0.5 / here[here.isfinite()].double().norm().item()
+    assert f"  model.q.weight: 0.5; {relative:.4g}; 3 NaN on one side alone" in result.output
+
+
 def test_rm_asks_and_says_what(run: Path) -> None:
     assert "1 would be deleted" in ask("rm", of_step(run, 10), "--dry-run").output
     result = ask("rm", run, "--keep-last", "2", answer="n\n")
     assert result.exit_code == 1
     assert steps_of(run) == [10, 20, 30]
     assert str(of_step(run, 10)) in result.output
+    with pytest.raises(UserError, match=r"^--yes: nothing was deleted, as there is no terminal to ask on"):
+        ask("rm", run, "--keep-last", "2", answer="")
+    assert steps_of(run) == [10, 20, 30]
     assert ask("rm", run, "--keep-last", "2", answer="y\n").exit_code == 0
     assert steps_of(run) == [20, 30]
     assert ask("rm", run, "--step", "20", "--yes").exit_code == 0

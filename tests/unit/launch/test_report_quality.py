@@ -26,7 +26,7 @@ def kept(folder: RunFolder, record: dict[str, Any], number: int = 0) -> None:
 
 def test_figures_by_step_and_definition(tmp_path: Path) -> None:
     folder = make_run(str(tmp_path / "run"))
-    kept(folder, evaluation(400, 12.345))
+    kept(folder, evaluation(400, 12.345, truncated=3))
     kept(folder, evaluation(200, 20.25))
     kept(folder, evaluation(400, 14.33, "b" * 16, weights="raw"), 1)
     missing: list[str] = []
@@ -43,6 +43,7 @@ def test_figures_by_step_and_definition(tmp_path: Path) -> None:
         == 2
     )
     assert page.text.count("figures of another one do not compare") == 2
+    assert page.text.count("; 3 prompts longer than the text encoder takes, and cut") == 1
     for shown in ("20.25", "19.25 to 21.25", "12.35", "14.33", "euler, 25 steps, guidance 2.0", "raw"):
         assert shown in page.text
     assert page.text.index("20.25") < page.text.index("12.35") < page.text.index("14.33")

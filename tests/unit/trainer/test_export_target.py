@@ -68,6 +68,24 @@ def test_what_others_have_there_stays(url: str, tmp_path: Path, memory: fsspec.A
     assert not list(tmp_path.glob(".model-*")), "nothing is left behind"
 
 
+def test_a_link_stays_and_the_export_goes_to_where_it_leads(tmp_path: Path) -> None:
+    place, link = tmp_path / "disk" / "model", tmp_path / "current"
+    place.parent.mkdir()
+    link.symlink_to(place)
+    for names in (("a", "b"), ("c",)):  # into nothing, then in place of the one before
+        put_in_place(free_target(str(link)), export_of(*names))
+        assert link.is_symlink()
+        assert {path.name for path in place.iterdir()} == {*names, MODEL_INDEX, RECORD}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "disk"]
+        assert list(place.parent.iterdir()) == [place], "nothing is left behind"
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"current: holds notes\.txt, which no export writes"):
+        free_target(str(link))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="loop: a link that leads to itself"):
+        free_target(str(tmp_path / "loop"))
+
+
 def test_an_upload_that_breaks_off_anywhere_is_made_good(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

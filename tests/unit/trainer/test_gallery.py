@@ -19,7 +19,8 @@ from trainer.errors import UserError
 from trainer.gallery.gallery import MOST_WAITING, Gallery
 from trainer.gallery.live_run import LiveRun
 from trainer.gallery.requests import Request, field_of, parse
-from trainer.sampling.job import Options, run
+from trainer.sampling.job import run
+from trainer.sampling.options import Options
 from trainer.sampling.settings import SampleSettings
 
 CPU = torch.device("cpu")

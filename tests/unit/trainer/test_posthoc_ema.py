@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from launch.commands.ema import ema as command
 from tests.tiny import tiny
 from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.manifests import read_manifest
 from trainer.config import EMAConfig
 from trainer.config.run import _numbers
 from trainer.config_text import to_yaml, with_overrides
@@ -223,6 +225,52 @@ def test_a_run_that_goes_on_from_earlier_makes_later_snapshots_again(alone: Worl
     assert not torch.equal(tensors(str(tmp_path), 0.05, 30)["layer.weight"], undone["layer.weight"])
 
 
+def test_a_snapshot_that_someone_reads_outlasts_a_roll_back(alone: World, tmp_path: Path) -> None:
+    """Nobody else takes it any more, and it goes once it is no longer held."""
+    module = Small()
+    config = EMAConfig(profiles=KEPT, snapshot_steps=10)
+    ema = EMA(module, profiles=KEPT)
+    snapshots = writer(tmp_path, alone, ema, module, config, total=45)
+    for done in walk(module, 30):
+        ema.update(0.9, torch.tensor(0.0), done)
+        if snapshots.due(done):
+            snapshots.save(done, done)
+    snapshots.finish()
+    [held] = tmp_path.glob("ema/step-00000030-*")
+    (held / "HOLD-posthoc-ema-1").touch()
+    there = {path.name for path in held.iterdir()}
+    for _ in range(2):
+        writer(tmp_path, alone, ema, module, config, total=45).go_on_from(10, 10)
+        assert {path.name for path in held.iterdir()} == {*there, "SET-ASIDE.json"}
+        assert len(list(tmp_path.glob("ema/step-*"))) == 2, "that of step 20 is gone"
+        assert [stored.step for stored in StoredAverages(str(tmp_path)).stored] == [10]
+    (held / "HOLD-posthoc-ema-1").unlink()
+    later = writer(tmp_path, alone, ema, module, config, total=45)
+    later.go_on_from(30, 30)
+    later.finish()
+    assert not held.exists()
+    assert steps_in(tmp_path) == [10, 30]
+
+
+def test_records_are_read_at_once_and_told_in_order(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained[0], tmp_path / "run")
+    damaged = sorted((tmp_path / "run").glob("ema/step-*/manifest.json"))[3:6]
+    for manifest in damaged:
+        manifest.write_text(manifest.read_text().replace("shard", "shart", 1))
+    together = threading.Barrier(2)  # each waits until another is being read, too; they are 32
+
+    def read(*arguments: Any) -> Any:
+        together.wait(timeout=120)
+        return read_manifest(*arguments)
+
+    monkeypatch.setattr("trainer.posthoc_ema.read_manifest", read)
+    stored = StoredAverages(str(tmp_path / "run"))
+    assert [s.step for s in stored.stored] == [s for s in range(EVERY, STEPS + 1, EVERY) if s not in (60, 75, 90)]
+    assert [line.partition("/manifest.json")[0] for line in stored.damaged] == [str(m.parent) for m in damaged]
+
+
 def test_keep_snapshots_leaves_the_newest(alone: World, tmp_path: Path) -> None:
     module = Small()
     config = EMAConfig(profiles=KEPT, snapshot_steps=2, keep_snapshots=3)
@@ -338,6 +386,25 @@ def test_command(trained: Any, tmp_path: Path) -> None:
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("earlier", [b"", b"an earlier one"], ids=["new", "overwritten"])
+def test_command_that_fails_leaves_no_part_of_a_file(trained: Any, tmp_path: Path, earlier: bytes) -> None:
+    shutil.copytree(trained[0], tmp_path / "run")
+    [shard] = (tmp_path / "run").glob("ema/step-00000480-*/shard-00000.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    out = tmp_path / "out" / "w.safetensors"
+    out.parent.mkdir()
+    if earlier:
+        out.write_bytes(earlier)
+    words = [str(tmp_path / "run"), "--sigma-rel", "0.08", "--out"]
+    assert "is damaged" in str(run(*words, str(out), "--overwrite").exception)
+    assert {p.name: p.read_bytes() for p in out.parent.iterdir()} == ({out.name: earlier} if earlier else {})
+    store = fsspec.filesystem("memory")
+    assert "is damaged" in str(run(*words, "memory://partial/w.safetensors").exception)
+    assert not store.exists("/partial/w.safetensors")
+
+
 def test_command_on_an_object_store(trained: Any) -> None:
     store = fsspec.filesystem("memory")
     store.put(str(trained[0]), "/posthoc/run", recursive=True)
@@ -354,6 +421,9 @@ def test_command_on_an_object_store(trained: Any) -> None:
     ("arguments", "message"),
     [
         (("--sigma-rel", "0.08"), "--out: name the file"),
+        (("--sigma-rel", "0.3", "--out", "x.safetensors"), "--sigma-rel: 0.3 is not between 0 and"),
+        (("--sigma-rel", "0.004", "--out", "x.safetensors"), "--sigma-rel 0.004 at step 480: the nearest of 32"),
+        (("--sigma-rel", "0.08", "--at", "481", "--out", "x.safetensors"), "--at 481: snapshots of"),
         (("--sigma-rel", "0.08", "--out", "x/y.pt"), "ends in .safetensors"),
         (("--sweep", "0.1,wide"), "'wide' is no number"),
         (("--sweep", ","), "names no width"),

@@ -26,8 +26,9 @@ from trainer.config_text import to_yaml
 from trainer.ema import EMA
 from trainer.errors import ExitCode, UserError
 from trainer.parallel.world import World
-from trainer.sampling.drawing import Part, lots_to_draw
+from trainer.sampling.drawing import lots_to_draw
 from trainer.sampling.job import run
+from trainer.sampling.options import Part
 from trainer.tasks.latent_diffusion import TextToImage
 
 CPU = torch.device("cpu")
@@ -79,6 +80,26 @@ def test_batch_sizes_parts_and_memory_give_the_same_bytes(captions: Path, tmp_pa
     assert files(tmp_path / "batches") == files(tmp_path / "parts") == expected
     assert (tmp_path / "memory.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
     assert lots_to_draw([0, 5, 6, 8, 9], 4, Part(1, 2)) == [[5, 6]]
+
+
+def test_parts_add_up(captions: Path, tmp_path: Path) -> None:
+    """Three lots of two; the second part is stopped after one of its own, and goes on later."""
+    out = tmp_path / "out"
+    asked = {i: options(captions, out, lot=2, batch_size=2, part=Part(i, 2)) for i in range(2)}
+
+    def about() -> Any:
+        return json.loads((out / "samples.json").read_text())
+
+    looks = iter([False, True])
+    assert run(asked[0], CPU, stop=lambda: next(looks), say=lambda line: None) is ExitCode.REQUEUE
+    assert (about()["drawn"], about()["complete"]) == (2, False)
+    drawn(asked[1])
+    assert "would draw 2 of 6 pictures" in drawn(replace(asked[0], dry_run=True))[-1], "of its own"
+    drawn(asked[0])
+    told = about()
+    assert (told["drawn"], told["complete"]) == (6, True)
+    assert {name: part["drawn"] for name, part in told["parts"].items()} == {"0-of-2": 4, "1-of-2": 2}
+    assert told["seconds"] == pytest.approx(sum(part["seconds"] for part in told["parts"].values()), abs=1e-3)
 
 
 def test_the_same_command_goes_on_where_it_ended(captions: Path, tmp_path: Path) -> None:
