@@ -4,12 +4,16 @@ import click
 
 from launch.experiments.autoencoder import autoencoder
 from launch.experiments.lpl import lpl
+from launch.experiments.paper import commands, paper
 
 
 @click.group()
 def experiment() -> None:
-    """Experiments that a machine without a GPU can run."""
+    """The paper's tables and figures, and experiments that a machine without a GPU can run."""
 
 
 experiment.add_command(lpl)
 experiment.add_command(autoencoder)
+experiment.add_command(paper)
+for command in commands():
+    experiment.add_command(command)

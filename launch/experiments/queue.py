@@ -16,6 +16,7 @@ from launch.job import signal_name
 from launch.local import free_port
 from launch.ranks import kill_rank, last_line, log_path, signal_rank, start_rank
 from trainer.config import CODE_ROOT
+from trainer.errors import UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.5
@@ -27,7 +28,8 @@ class Stage:
     """One process."""
 
     name: str
-    command: Sequence[str]
+    command: Sequence[str] | Callable[[], Sequence[str]]
+    """Or what says it when the stage starts."""
     done: Callable[[], bool]
     """Whether what it makes is there."""
     estimated_s: float
@@ -170,7 +172,13 @@ class Queue:
             rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=free_port(),
             code_dir=str(CODE_ROOT), work_dir=job.work_dir, use_gpus=False, num_threads=self._cores(job), one_machine=True,
         )  # fmt: skip
-        process = start_rank(stage.command, place, attempt=stage.name)
+        try:
+            command = stage.command() if callable(stage.command) else stage.command
+        except UserError as e:
+            job.state, job.why = "failed", str(e)
+            self._watcher.changed(job, job.why)
+            return
+        process = start_rank(command, place, attempt=stage.name)
         self._running.append(_Running(job, stage, process, time.monotonic()))
         job.state = "running"
 

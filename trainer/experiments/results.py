@@ -92,7 +92,7 @@ class Comparison:
         count, error, mean = len(self.difference.values), self.difference.standard_error, self.difference.mean
         if error is None or abs(mean) <= CRITICAL_T[min(count, 10)] * error:
             return "not told apart"
-        return "better" if mean < 0 else "worse"
+        return "better" if (mean < 0) is (self.metric.lower_is_better is not False) else "worse"
 
 
 class Results:

@@ -8,6 +8,7 @@ the loss here (of the paper's a fifth); and, beside that, one by the rule that w
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from trainer.config import (
     CheckpointConfig,
@@ -210,7 +211,8 @@ def _pretrain(size: Size, paradigm: str, name: str) -> RunConfig:
         name="pretrain", steps=size.pretrain_steps, resolution=RESOLUTION, batch_size=size.batch_size, learning_rate=2e-3,
         rate_schedule=RateScheduleConfig(kind="cosine", final_factor=0.25), ema_decay=0.99,
     )  # fmt: skip
-    return _run(size, ParadigmConfig.model_validate({"kind": paradigm}), name, phase, seed=0, warmup_steps=50)
+    kind = ParadigmConfig.model_validate({"kind": paradigm})
+    return small_run(kind, name, phase, seed=0, warmup_steps=50, **_model_and_data(size))
 
 
 def _continuation(size: Size, paradigm: str, variant: Variant, seed: int, name: str, runs_dir: str) -> RunConfig:
@@ -222,16 +224,26 @@ def _continuation(size: Size, paradigm: str, variant: Variant, seed: int, name: 
     )  # fmt: skip
     kind = ParadigmConfig.model_validate({"kind": paradigm, **variant.paradigm})
     # the pre-training had seed 0: the order of images and the noise are others here
-    run = _run(size, kind, name, phase, seed=1 + seed, warmup_steps=10)
+    run = small_run(kind, name, phase, seed=1 + seed, warmup_steps=10, **_model_and_data(size))
     task = run.task
     assert isinstance(task, LatentDiffusionConfig)
     run = replace(run, init_from=InitFromConfig(url=os.path.join(runs_dir, pretrain_name(paradigm))))
     return replace(run, task=replace(task, perceptual=variant.perceptual)) if variant.perceptual else run
 
 
-def _run(
-    size: Size, paradigm: ParadigmConfig, name: str, phase: PhaseConfig, *, seed: int, warmup_steps: int
-) -> RunConfig:
+class _ModelAndData(TypedDict):
+    train_images: int
+    tiny_model: bool
+
+
+def _model_and_data(size: Size) -> _ModelAndData:
+    return {"train_images": size.train_images, "tiny_model": size.tiny_model}
+
+
+def small_run(
+    paradigm: ParadigmConfig, name: str, phase: PhaseConfig, *, seed: int, warmup_steps: int, train_images: int,
+    tiny_model: bool,
+) -> RunConfig:  # fmt: skip
     """The demo's model, autoencoder and emoji, on one rank with one thread."""
     run = demo()
     task = run.task
@@ -239,10 +251,10 @@ def _run(
     assert task.model.kind == "mmdit"
     assert task.text.kind == "bytes"
     model, text = task.model, replace(task.text, max_bytes=40)
-    if size.tiny_model:
+    if tiny_model:
         model = replace(model, num_blocks=2, num_heads=2, head_dim=16)
         text = replace(text, max_bytes=24, width=32, num_blocks=1, num_heads=2)
-    emoji = replace(run.data.datasets["emoji"], max_samples=size.train_images)
+    emoji = replace(run.data.datasets["emoji"], max_samples=train_images)
     return RunConfig(
         name=name,
         seed=seed,

@@ -51,7 +51,7 @@ def mmdit_796m() -> MMDiTConfig:
     )  # fmt: skip
 
 
-def _run(
+def paper_run(
     name: str, paradigm: Paradigm, dataset: str, text: TextConfig, phases: tuple[PhaseConfig, ...], guidance: float,
     init_from: str | None = None,
 ) -> RunConfig:  # fmt: skip
@@ -98,7 +98,7 @@ def imagenet_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     Hardware: 64 H100 with 80 GB (32 images a rank); about 28 hours. The paper: FID 2.98 as DDPM-eps (Table 2).
     `datasets/imagenet` with labels.
     """
-    return _run("imagenet_256", paradigm, "imagenet", CLASSES, (PRETRAIN, POST_256), 1.5)
+    return paper_run("imagenet_256", paradigm, "imagenet", CLASSES, (PRETRAIN, POST_256), 1.5)
 
 
 def imagenet_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
@@ -107,7 +107,7 @@ def imagenet_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 21 + 36 hours. The paper: FID 3.79 as DDPM-eps, 3.84 as
     DDPM-v, 3.61 as flow, against 4.88, 4.72, 4.54 without LPL (Table 3). `datasets/imagenet` with labels.
     """
-    return _run("imagenet_512_lpl", paradigm, "imagenet", CLASSES, (PRETRAIN, POST_512_LPL), 2.0)
+    return paper_run("imagenet_512_lpl", paradigm, "imagenet", CLASSES, (PRETRAIN, POST_512_LPL), 2.0)
 
 
 def cc12m_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
@@ -117,7 +117,7 @@ def cc12m_256(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     Recaptioned, faces blurred. Begins with `runs/imagenet_256`; what text has in place of classes begins afresh.
     """
     text = sdxl_text("models/sdxl")
-    return _run("cc12m_256", paradigm, "cc12m", text, (POST_256,), 1.5, init_from="runs/imagenet_256")
+    return paper_run("cc12m_256", paradigm, "cc12m", text, (POST_256,), 1.5, init_from="runs/imagenet_256")
 
 
 def cc12m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
@@ -126,7 +126,7 @@ def cc12m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 27 + 37 hours. The paper, from ImageNet pre-training: FID
     6.22, CLIPScore 25.12 as DDPM-eps (Table 2). Recaptioned, faces blurred.
     """
-    return _run("cc12m_512_lpl", paradigm, "cc12m", sdxl_text("models/sdxl"), (PRETRAIN, POST_512_LPL), 2.0)
+    return paper_run("cc12m_512_lpl", paradigm, "cc12m", sdxl_text("models/sdxl"), (PRETRAIN, POST_512_LPL), 2.0)
 
 
 def s320m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
@@ -135,4 +135,4 @@ def s320m_512_lpl(paradigm: Paradigm = "ddpm_eps") -> RunConfig:
     Hardware: 64 H100 with 80 GB (16 images a rank at 512 px); about 27 + 37 hours. The paper, on 320M stock images of its own:
     FID 8.30 and CLIPScore 24.41 against 8.81 and 24.39 without LPL, as DDPM-eps (Table 2).
     """
-    return _run("s320m_512_lpl", paradigm, "s320m", sdxl_text("models/sdxl"), (PRETRAIN, POST_512_LPL), 2.0)
+    return paper_run("s320m_512_lpl", paradigm, "s320m", sdxl_text("models/sdxl"), (PRETRAIN, POST_512_LPL), 2.0)
