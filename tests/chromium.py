@@ -20,8 +20,8 @@ from typing import Any
 
 import websocket
 
-START_S = 60.0
-WAIT_S = 60.0
+START_S = 240.0
+WAIT_S = 240.0
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Tab": 9, "Home": 36, "End": 35, "Enter": 13}
 
 
@@ -129,10 +129,10 @@ def chromium(folder: Path) -> Iterator[Browser]:
     finally:
         process.terminate()
         try:
-            process.wait(timeout=20)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(timeout=20)
+            process.wait(timeout=60)
 
 
 def _port(process: "subprocess.Popen[bytes]", file: Path, log: Path) -> int:

@@ -17,12 +17,12 @@ _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"
 class Fault:
     """What happens to requests of these methods whose path contains `part`; a query belongs to the path."""
 
-    kind: Literal["503", "slow", "late", "hang", "cut", "flip", "403"]
+    kind: Literal["503", "slow", "late", "held", "hang", "cut", "flip", "403"]
     part: str = ".mds"
     times: int = 1 << 30
     """So often; then the answers are right."""
     amount: float = 0.0
-    """slow: bytes a second; late: seconds before the request goes on to the server."""
+    """slow: bytes a second; late: seconds before the request goes on to the server. A held one does when released."""
     methods: tuple[str, ...] = ("GET",)
     every: int = 1
     """Of so many requests, to the first."""
@@ -86,6 +86,8 @@ def faulty_proxy(target: str) -> Iterator[Proxy]:
                 return
             if fault and fault.kind == "late":
                 time.sleep(fault.amount)
+            if fault and fault.kind == "held":
+                proxy.released.wait(120)
             upstream = http.client.HTTPConnection(host, timeout=60)
             try:
                 upstream.request(self.command, self.path, body, dict(self.headers.items()))

@@ -28,7 +28,7 @@ def s3_server() -> Iterator[dict[str, str]]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not _answers(endpoint):
             assert server.poll() is None, "moto's server ended at once"
             assert time.monotonic() < deadline, "moto's server does not answer"
@@ -51,12 +51,12 @@ def s3_server() -> Iterator[dict[str, str]]:
         _forget_connections()
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=120)
 
 
 def _answers(endpoint: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=1):
+        with urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=20):
             return True
     except OSError:
         return False

@@ -39,7 +39,7 @@ class SlurmCluster:
     """By name: slurmctld, and each node's slurmd by the node's name."""
 
     def run(self, *command: str, check: bool = True) -> str:
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240, check=False)
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}\n{self.logs()}"
         return result.stdout.strip()
 
@@ -65,7 +65,7 @@ class SlurmCluster:
 
         Three seconds it must: slurmd refuses a job whose credential is of the second in which it revoked the last one.
         """
-        self.wait_for(job_id, "PENDING", timeout_s=60)
+        self.wait_for(job_id, "PENDING", timeout_s=240)
         time.sleep(3)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
 
@@ -111,7 +111,7 @@ def slurm_cluster(folder: Path, *, more: str = "", grace_s: int = GRACE_S) -> It
                 daemon.terminate()
             for daemon in daemons.values():
                 try:
-                    daemon.wait(timeout=10)
+                    daemon.wait(timeout=60)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
@@ -154,15 +154,15 @@ def _munged(log_folder: Path) -> Iterator[Path]:
                 command, stdout=log, stderr=log, user=user.pw_uid, group=user.pw_gid, env={"PATH": _PATH}
             )  # fmt: skip
         try:
-            end = time.monotonic() + 10
+            end = time.monotonic() + 120
             while not (home / "s").exists():
                 assert process.poll() is None, (log_folder / "munged.log").read_text()
-                assert time.monotonic() < end, "munged has not opened its socket in 10 s"
+                assert time.monotonic() < end, "munged has not opened its socket in 120 s"
                 time.sleep(0.05)
             yield home / "s"
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=120)
 
 
 def _write_config(folder: Path, munge_socket: Path, spool: Path, more: str, grace_s: int) -> None:
@@ -222,7 +222,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_until_idle(cluster: SlurmCluster, daemons: list[subprocess.Popen[bytes]]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while True:
         states = cluster.run(
             "sinfo", "--noheader", "--Node", "--partition", "low", "--format", "%T", check=False
@@ -230,5 +230,5 @@ def _wait_until_idle(cluster: SlurmCluster, daemons: list[subprocess.Popen[bytes
         if states == ["idle"] * NUM_NODES:
             return
         assert all(daemon.poll() is None for daemon in daemons), f"a daemon has ended:\n{cluster.logs()}"
-        assert time.monotonic() < end, f"nodes are {states} after 60 s:\n{cluster.logs()}"
+        assert time.monotonic() < end, f"nodes are {states} after 240 s:\n{cluster.logs()}"
         time.sleep(0.2)

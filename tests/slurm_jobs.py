@@ -43,7 +43,7 @@ def call(
             sys.executable, str(CODE_ROOT / "launch/slurm.py"), "demo", "--cluster", "slurm", "--nodes", str(nodes), "--cpu",
             *settings, "--run-dir", str(run_dir), *arguments,
         ],
-        env=cluster.environment, cwd=folder, capture_output=True, text=True, check=False, timeout=120,
+        env=cluster.environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
 

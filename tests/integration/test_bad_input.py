@@ -23,7 +23,7 @@ def job(folder: Path, *overrides: str) -> tuple[int, str]:
     config.write_text(to_yaml(tiny("data.num_workers=0", "phases.low_resolution.steps=1", *overrides)))
     done = subprocess.run(
         [sys.executable, "-m", "trainer.train", "--config", str(config), "--run-dir", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr
 
@@ -64,7 +64,7 @@ def submission_refused(*arguments: str) -> str:
     """The one line that `launch/slurm.py demo` says before any job exists."""
     done = subprocess.run(
         [sys.executable, "launch/slurm.py", "demo", "--cluster", "local", "--cpu", *arguments],
-        capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == ExitCode.USAGE
     assert done.stderr.count("\n") == 1
@@ -152,7 +152,7 @@ def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
 def test_unwritable_run_folder_at_submission() -> None:
     done = subprocess.run(
         [sys.executable, "launch/slurm.py", "demo", "--cluster", "local", "--cpu", "--run-dir", "/proc/loupe"],
-        capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == ExitCode.USAGE
     assert "cannot be written" in done.stderr
@@ -167,7 +167,7 @@ def test_unwritable_run_folder(where, tmp_path) -> None:
     config.write_text(to_yaml(tiny()))
     done = subprocess.run(
         [sys.executable, "-m", "trainer.train", "--config", str(config), "--run-dir", str(target)],
-        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == ExitCode.STOP
     assert "cannot be written" in done.stderr

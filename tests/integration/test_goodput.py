@@ -21,7 +21,7 @@ from trainer.run_folder import CONFIG, RunFolder
 
 pytestmark = pytest.mark.slow
 
-LIMIT_S = 5.0
+LIMIT_S = 15.0
 STEPS = 13
 CONFIGURED = tiny(
     f"watchdog={{factor: 10, min_s: {LIMIT_S}, first_step_s: 90, between_steps_s: 90}}",
@@ -69,8 +69,8 @@ def test_the_states_add_up_to_the_time_of_the_run(job: tuple[int, Path, float, f
     assert math.fsum(totals.values()) == pytest.approx(last.end_s, abs=1e-6)
     # all but what the launcher takes before and after
     # a process knows its begin to a hundredth of a second
-    assert begin - 0.05 <= last.first < begin + 2
-    assert end - 10 < last.first + last.end_s < end
+    assert begin - 0.05 <= last.first < begin + 30
+    assert end - 60 < last.first + last.end_s < end
     starts = goodput_by_start(folder)
     assert [start.start for start in starts] == [0, 1, 2]
     assert math.fsum(math.fsum(start.seconds.values()) for start in starts) == pytest.approx(last.end_s, abs=1e-6)
@@ -93,7 +93,7 @@ def test_a_hang_is_a_hang(job: tuple[int, Path, float, float]) -> None:
     hang = RunFolder(str(run_dir)).read_json("hangs/0001.json")
     assert hang["silent_s"] > LIMIT_S
     # and until the ranks have told each other and ended
-    assert hang["silent_s"] - 0.01 < third.gap["hang"] < hang["silent_s"] + 30
+    assert hang["silent_s"] - 0.01 < third.gap["hang"] < hang["silent_s"] + 120
     assert third.gap["down"] > 0
 
 

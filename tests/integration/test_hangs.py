@@ -20,7 +20,7 @@ from trainer.run_folder import CONFIG, RunFolder
 
 pytestmark = pytest.mark.slow
 
-LIMIT_S = 5.0
+LIMIT_S = 15.0
 CONFIGURED = tiny(
     f"watchdog={{factor: 10, min_s: {LIMIT_S}, first_step_s: 90, between_steps_s: 90}}",
     "data.num_workers=0",
@@ -76,7 +76,7 @@ def test_each_hang_ends_soon_and_says_what_and_where(job: tuple[int, Path, list[
         assert f"stacks in {run_dir}/stacks" in notes[i]
         last_step = max(j for j, note in enumerate(notes[:i]) if note.startswith("step "))
         # a save, the limit, the answers that do not come, the launcher's patience with a rank that cannot end
-        assert times[i] - times[last_step] < folder.read_json(f"hangs/{start:04d}.json")["limit_s"] + 25
+        assert times[i] - times[last_step] < folder.read_json(f"hangs/{start:04d}.json")["limit_s"] + 120
 
 
 def test_stacks_name_the_stuck_line(job: tuple[int, Path, list[str], list[float]]) -> None:

@@ -73,7 +73,7 @@ def test_a_stopped_run_ends_with_75_and_the_same_command_goes_on(start: Path) ->
         assert launcher.poll() is None, f"{launcher.communicate()[0]}{logs(run_dir)}"
         assert time.monotonic() < end, logs(run_dir)
         time.sleep(0.05)
-    second = subprocess.run(command(), cwd=start, capture_output=True, text=True, check=False, timeout=60)
+    second = subprocess.run(command(), cwd=start, capture_output=True, text=True, check=False, timeout=300)
     assert second.returncode == 2
     assert f"in use by process {launcher.pid}" in second.stderr
     launcher.send_signal(signal.SIGTERM)

@@ -168,7 +168,7 @@ def test_a_node_that_is_not_fit_is_named_and_the_budget_ends_the_job(
     (record,) = (json.loads(path.read_text()) for path in (volume / "run/doctor").glob("5f2e-0-0000-node-0.json"))
     assert (record["node"], record["code"]) == ("node-0", 71)
     assert not (volume / "run/attempts").exists(), "nothing started there"
-    (code,), output = ends(cluster.start(2), timeout_s=60)
+    (code,), output = ends(cluster.start(2), timeout_s=240)
     assert (code, cluster.action(code)) == (93, "never"), output
     assert "the budget of 1 restarts is spent; `kubectl cordon node-0`" in output
     job_record = json.loads((volume / "run/job.json").read_text())

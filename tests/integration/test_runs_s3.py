@@ -73,8 +73,8 @@ def test_a_local_job_of_a_bucket_is_cancelled(s3: str, tmp_path: Path, capsys: p
         update_job(folder, pid=supervisor.pid, pid_start=process_start(supervisor.pid))
         _, out, _ = call(capsys, "--root", f"{s3}/runs", "--json")
         assert {run["name"]: run["state"] for run in json.loads(out)}["three"] == "running"
-        result, out, err = call(capsys, "cancel", folder.url, "--timeout", "20")
-        assert (result, supervisor.wait(timeout=5)) == (0, 75), err
+        result, out, err = call(capsys, "cancel", folder.url, "--timeout", "240")
+        assert (result, supervisor.wait(timeout=120)) == (0, 75), err
         assert "cancelled" in out
     finally:
         supervisor.kill()

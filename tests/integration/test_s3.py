@@ -135,7 +135,7 @@ def test_a_child_process_reads_where_its_parent_has_written(s3: str) -> None:
     child = context.Process(target=restores_here, args=(m.folder.url, out))
     child.start()
     try:
-        assert out.get(timeout=60) == 1
+        assert out.get(timeout=300) == 1
     finally:
         child.join(10)
         child.kill()

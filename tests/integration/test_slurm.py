@@ -52,7 +52,7 @@ def test_a_preempted_job_saves_is_queued_again_and_loses_no_step(cluster: SlurmC
     wait_for_steps(cluster, job_id, run_dir, 5)
     other = ["sbatch", "--parsable", "--partition", "high", "--nodes", "2", "--exclusive", "--output", "/dev/null"]
     other_id = cluster.run(*other, "--wrap", "sleep 1")
-    cluster.wait_for(other_id, "RUNNING", "COMPLETED", timeout_s=60)
+    cluster.wait_for(other_id, "RUNNING", "COMPLETED", timeout_s=240)
     wait_for_restarts(cluster, job_id, run_dir, 1)
     stopped_at = steps_by_attempt(run_dir)[0][-1]
     assert stopped_at < 262
@@ -69,7 +69,7 @@ def test_a_cancelled_job_does_not_return(cluster: SlurmCluster, tmp_path: Path) 
     job_id = submit(cluster, run_dir, "--set", "phases.low_resolution.steps=100000")
     wait_for_steps(cluster, job_id, run_dir, 1)
     cluster.run("scancel", job_id)
-    assert cluster.wait_for(job_id, "CANCELLED", "PENDING", "COMPLETED", "FAILED", timeout_s=60) == "CANCELLED"
+    assert cluster.wait_for(job_id, "CANCELLED", "PENDING", "COMPLETED", "FAILED", timeout_s=240) == "CANCELLED"
     assert cluster.field(job_id, "Restarts") == "0"
     assert job_record(run_dir)["restarts"] == []
 

@@ -32,7 +32,7 @@ def post(alertmanager: Alertmanager, *alerts: dict[str, str]) -> None:
     request = urllib.request.Request(
         f"{alertmanager.url}/api/v2/alerts", data=body, headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=30):
+    with urllib.request.urlopen(request, timeout=120):
         pass
 
 

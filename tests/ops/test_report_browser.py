@@ -153,7 +153,7 @@ def test_a_live_page_keeps_its_place(browser: Browser, tmp_path: Path) -> None:
     page.evaluate("document.querySelector('input[value=linear]').click()")
     page.evaluate("scrollTo({top: 700, behavior: 'instant'})")
     page.until(f"window.first === undefined && {DRAWN}")
-    page.until("Math.abs(scrollY - 700) < 30", timeout_s=5)
+    page.until("Math.abs(scrollY - 700) < 30")
     assert page.evaluate("document.querySelector('output').textContent") == "step 20"
     assert page.evaluate("document.getElementById('chart-loss').layout.yaxis.type") == "linear"
     assert page.evaluate("document.activeElement.type") == "range"

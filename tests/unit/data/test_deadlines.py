@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -14,12 +15,24 @@ from data.deadlines import Call, call_within
 from data.publish import put_whole
 from data.stages.store import StageStore
 from data.storage import DamagedShard, Storage, StorageError, ask, check_size_of
+from tests.skipping_clock import SkippingClock
 from trainer.errors import UserError
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.storage._FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def patient(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that hangs is left behind after half a second, and there are a hundred of them: a busy machine needs more
+    than three."""
+    monkeypatch.setattr("data.storage.ATTEMPTS_AT_HANGING", 100)
+
+
+PATIENCE_S = 50.0
+"""Deadline of `patient` calls."""
 
 
 @pytest.fixture
@@ -31,11 +44,11 @@ def released() -> Iterator[threading.Event]:
 
 
 def test_a_call_gives_what_the_function_gives() -> None:
-    assert call_within(lambda: 7, time.monotonic() + 5, "seven") == 7
+    assert call_within(lambda: 7, time.monotonic() + 60, "seven") == 7
     with pytest.raises(ValueError, match="seven"):
-        call_within(lambda: int("seven"), time.monotonic() + 5, "seven")
+        call_within(lambda: int("seven"), time.monotonic() + 60, "seven")
     calls = [Call(partial(pow, i, 2), "square") for i in range(20)]
-    assert [call.wait(time.monotonic() + 5) for call in calls] == [i * i for i in range(20)]
+    assert [call.wait(time.monotonic() + 60) for call in calls] == [i * i for i in range(20)]
 
 
 @pytest.mark.parametrize(("deadline_s", "stall_s"), [(0.2, 50.0), (50.0, 0.2), (-1.0, 50.0)])
@@ -43,23 +56,31 @@ def test_a_call_that_hangs_is_left_behind(released: threading.Event, deadline_s:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="no answer in time"):
         call_within(lambda: released.wait(60), time.monotonic() + deadline_s, "hangs", stall_s)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 45
 
 
-def test_storage_that_hangs_is_asked_three_times(quick: None, released: threading.Event) -> None:
-    asked: list[float] = []
+def test_storage_that_hangs_is_asked_three_times(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own."""
+    now = [100.0]
+    waits: list[float] = []
 
-    def hangs() -> None:
-        asked.append(time.monotonic())
-        released.wait(60)
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
 
+    def hangs(function: object, deadline: float, what: str, stall_s: float) -> None:
+        waits.append(min(stall_s, deadline - now[0]))
+        pass_by(waits[-1])
+        raise TimeoutError("no answer in time")
+
+    monkeypatch.setattr("data.storage.time", SimpleNamespace(monotonic=lambda: now[0], sleep=pass_by))
+    monkeypatch.setattr("data.storage.call_within", hangs)
     with pytest.raises(StorageError, match=r"^x: not listed within 1 s \(TimeoutError: no answer in time\)$"):
-        ask(hangs, "x", deadline_s=0.9, verb="listed")
-    assert len(asked) == 3
-    assert 0.6 < asked[2] - asked[0] < 5
+        ask(lambda: None, "x", deadline_s=0.9, verb="listed")
+    assert waits == pytest.approx([0.3, 0.3, 0.3], abs=0.05), "pauses are of the same time"
+    assert now[0] == pytest.approx(100.9)
 
 
-def test_what_hangs_once_is_survived(quick: None, released: threading.Event) -> None:
+def test_what_hangs_once_is_survived(patient: None, released: threading.Event) -> None:
     asked: list[int] = []
 
     def hangs_first() -> str:
@@ -68,14 +89,14 @@ def test_what_hangs_once_is_survived(quick: None, released: threading.Event) -> 
             released.wait(60)
         return "here"
 
-    assert ask(hangs_first, "x", deadline_s=0.9) == "here"
+    assert ask(hangs_first, "x", deadline_s=PATIENCE_S) == "here"
 
 
-def test_many_bytes_have_more_time(quick: None) -> None:
+def test_many_bytes_have_more_time(quick: None, released: threading.Event) -> None:
     """An attempt has a second for each megabyte, or a third of the deadline where that is more."""
     with pytest.raises(StorageError):
-        ask(lambda: time.sleep(0.5), "x", deadline_s=0.6, num_bytes=100_000)
-    ask(lambda: time.sleep(0.5), "x", deadline_s=0.6, num_bytes=5_000_000)
+        ask(lambda: released.wait(60), "x", deadline_s=0.6, num_bytes=100_000)
+    ask(lambda: time.sleep(0.5), "x", deadline_s=0.6, num_bytes=60_000_000)
 
 
 # ------------------------------------------------------------------------------------------------------------ local paths
@@ -105,13 +126,13 @@ def test_local_files_that_hang(quick: None, pipes: Path, tmp_path: Path) -> None
     # It asks whether what is there is its own.
     with pytest.raises(StorageError, match="create: not written within"):
         store.create("create", b"x", deadline_s=0.3)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
 
 
 def test_a_mount_that_hangs_at_the_end_of_a_copy(
-    quick: None, released: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patient: None, released: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.publish.DEADLINE_S", 0.6)
+    monkeypatch.setattr("data.publish.DEADLINE_S", PATIENCE_S)
     file = tmp_path / "file"
     file.write_bytes(b"x" * 100)
     flush = os.fsync
@@ -135,7 +156,7 @@ def test_a_mount_that_hangs_at_the_end_of_a_copy(
 
 def wait_for(condition: object) -> None:
     assert callable(condition)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -145,7 +166,7 @@ def wait_for(condition: object) -> None:
 
 
 def test_an_upload_left_behind_sends_what_it_was_given(
-    quick: None, released: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patient: None, released: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though another file has come to the name of its own meanwhile, as parts of an item do."""
     memory = type(fsspec.filesystem("memory"))
@@ -162,12 +183,13 @@ def test_an_upload_left_behind_sends_what_it_was_given(
     storage = Storage("memory://uploads")
     file = tmp_path / "samples.tar"
     file.write_bytes(b"first")
-    storage.put(file, "part0", deadline_s=0.6)
+    storage.put(file, "part0", deadline_s=PATIENCE_S)
     file.unlink()
     file.write_bytes(b"the second")
     storage.put(file, "part1")
     released.set()
-    wait_for(lambda: calls.count("landed") == 3)
+    wait_for(lambda: len(calls) == 2 * calls.count("landed"))
+    assert len(calls) >= 6
     assert storage.read("part0", max_bytes=100) == b"first"
     assert storage.read("part1", max_bytes=100) == b"the second"
     wait_for(lambda: os.listdir(tmp_path) == ["samples.tar"])
@@ -206,7 +228,8 @@ def test_names_exists_delete(url: str, tmp_path: Path) -> None:
     assert store.names("work") == []
 
 
-def test_exists_does_not_take_failure_for_no(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exists_does_not_take_failure_for_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.storage.time", SkippingClock())
     memory = type(fsspec.filesystem("memory"))
 
     def fails(self: object, path: str, **options: object) -> None:
@@ -214,7 +237,7 @@ def test_exists_does_not_take_failure_for_no(quick: None, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(memory, "info", fails)
     with pytest.raises(StorageError, match=r"not found within .*down"):
-        Storage("memory://basics").exists("x", deadline_s=0.2)
+        Storage("memory://basics").exists("x", deadline_s=60.0)
 
 
 @pytest.mark.parametrize("url", ["local", "memory://large"])
@@ -226,6 +249,6 @@ def test_the_mend_fits_what_is_read(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"larger than the 10 bytes it may have; .*run the stage again$"):
         StageStore(url).read("file", max_bytes=10)
     with pytest.raises(DamagedShard, match=r"has 100 bytes, its receipt says 200; .*run the stage again$"):
-        list(StageStore(url).ranges("file", 200, time.monotonic() + 5))
+        list(StageStore(url).ranges("file", 200, time.monotonic() + 60))
     with pytest.raises(DamagedShard, match=r"has 1 bytes, the index says 2; .*build the dataset again$"):
         check_size_of(2, 1, "x")

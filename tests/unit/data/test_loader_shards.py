@@ -1,6 +1,8 @@
 """The loader where shards are bad, and where they come ahead of the steps that need them."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,25 +125,35 @@ def test_a_replacement_may_lie_in_a_bad_shard_too(make_dataset: MakeDataset) -> 
 # ------------------------------------------------------------------------------------------------------- prefetch
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 class Noted(Dataset):
     """Keeps which shards were asked for ahead, and how long each takes to come."""
 
     prepared: list[int]
     waited: list[int]
+    come: set[int]
     delay_s = 0.05
 
     def prepare(self, shard_index: int, *, wait: bool = True) -> bool:
         (self.waited if wait else self.prepared).append(shard_index)
         if shard_index not in self._open:
             time.sleep(self.delay_s)
-        return super().prepare(shard_index, wait=wait)
+        here = super().prepare(shard_index, wait=wait)
+        self.come.add(shard_index)
+        return here
 
 
 def noted(make_dataset: MakeDataset) -> Noted:
     dataset = open_dataset(str(make_dataset(40, shard_kib=8)), name="x")
     dataset.__class__ = Noted
     assert isinstance(dataset, Noted)
-    dataset.prepared, dataset.waited = [], []
+    dataset.prepared, dataset.waited, dataset.come = [], [], set()
     return dataset
 
 
@@ -152,10 +164,11 @@ def test_shards_come_before_they_are_needed_and_in_order(make_dataset: MakeDatas
     with make_loader(dataset, prefetch_shards=4) as loader:
         for batch in loader.steps(0, 10):
             if batch.step == 0:
-                time.sleep(1.0)  # a step of training
+                wait_for(lambda: len(dataset.prepared) >= 4)
                 assert dataset.prepared[:4] == needed[:4]
                 assert len(dataset.prepared) <= 4 + 3  # those ahead, and those that the first step needed
-            time.sleep(0.2)
+            coming = {dataset.locate(ref.index)[0] for ref in mixture.refs(4 * (batch.step + 1), 4)}
+            wait_for(partial(coming.issubset, dataset.come))  # a step of training
     assert sorted(set(dataset.prepared)) == sorted(needed)
     assert len(dataset.waited) <= 3  # of the first step
 
@@ -192,7 +205,8 @@ def test_a_shard_that_is_left_out_is_fetched_for_the_steps_before_alone(make_dat
         prefetcher = Prefetcher({"x": dataset}, request, range(4), max_shards=4, left_out=left_out)
         for step in range(4):
             prefetcher.at(step)
-            time.sleep(0.2)
+            wait_for(partial(prepared.issubset, dataset.prepared))
+            time.sleep(0.05)
         prefetcher.close()
         assert set(dataset.prepared) == prepared
 
@@ -206,7 +220,7 @@ def test_a_mistake_in_the_plan_is_raised_in_the_worker(make_dataset: MakeDataset
     prefetcher = Prefetcher({"x": dataset}, request, range(10), max_shards=4)
 
     def wait_for_it() -> None:
-        for _ in range(200):
+        for _ in range(2000):
             prefetcher.at(0)
             time.sleep(0.05)
 

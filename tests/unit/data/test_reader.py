@@ -306,7 +306,6 @@ def test_storage_that_hangs_is_asked_again_and_then_given_up(
     remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
-    dataset = open_dataset(remote, name="x", cache_dir=str(tmp_path / "c"), deadline_s=1.2)
     release = threading.Event()
     memory, hanging = type(fsspec.filesystem("memory")), [True]
     read = memory.cat_file
@@ -317,11 +316,15 @@ def test_storage_that_hangs_is_asked_again_and_then_given_up(
         return read(self, path, *args, **kwargs)
 
     monkeypatch.setattr(memory, "cat_file", hangs)
-    began = time.monotonic()
-    with pytest.raises(StorageError, match=r"not read within 1 s .*no answer in time"):
-        dataset.read(0)
-    assert time.monotonic() - began < 20
-    _, counts = dataset.news()
+    for deadline_s in (1.2, 12.0, 60.0):  # a busy machine may have none left for a second attempt
+        dataset = open_dataset(remote, name="x", cache_dir=str(tmp_path / "c"), deadline_s=deadline_s)
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=rf"not read within {deadline_s:.0f} s .*no answer in time"):
+            dataset.read(0)
+        assert time.monotonic() - began < deadline_s + 50
+        _, counts = dataset.news()
+        if counts["loupe_data_fetch_errors_total", "timeout"] >= 2:
+            break
     assert counts["loupe_data_fetch_errors_total", "timeout"] >= 2
     assert not [path for path in (tmp_path / "c").rglob("*.tmp")]
     hanging[0] = False

@@ -19,6 +19,7 @@ from data.stages.samples import Samples
 from data.stages.store import SUMMARY, StageStore
 from data.storage import Storage, StorageError
 from tests.counting_stage import CountingStage, expected, published
+from tests.skipping_clock import SkippingClock
 from trainer.errors import UserError
 
 STAGE_OF = CountingStage(items=4, samples=12)
@@ -26,7 +27,7 @@ STAGE_OF = CountingStage(items=4, samples=12)
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageStore:
-    monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(storage, "time", SkippingClock())
     return StageStore(str(tmp_path / "out"))
 
 
@@ -76,7 +77,7 @@ def test_a_lease_that_cannot_be_read_now_is_not_free(store: StageStore, unreadab
     assert take(store, 0) is None
     unreadable(LEASE, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(StorageError, match="Input/output error"):
-        leases.holder(store, "work/x/leases", "i", 0, deadline_s=0.3)
+        leases.holder(store, "work/x/leases", "i", 0, deadline_s=60.0)
     unreadable(LEASE, PermissionError(errno.EACCES, "Permission denied"))
     with pytest.raises(UserError, match="access denied"):
         take(store, 0)
@@ -93,7 +94,7 @@ def test_a_lease_that_is_none_has_expired(store: StageStore, content: bytes) -> 
 def test_a_release_that_fails_ends_no_worker_and_is_told(
     store: StageStore, unreadable: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    lease = take(store, None, seconds=0.5)
+    lease = take(store, None, seconds=60.0)
     assert lease
     with lease:
         unreadable(LEASE, OSError(errno.EIO, "Input/output error"))
@@ -122,7 +123,7 @@ def test_a_lease_that_is_lost_says_why_and_all_requests_of_a_renewal_have_one_de
     with lease:
         monkeypatch.setattr(StageStore, "exists", slow)
         monkeypatch.setattr(StageStore, "read", hang)
-        assert lease.lost.wait(5)
+        assert lease.lost.wait(60)
     assert max(allowed) < 0.15
     assert any("lease of i: lost, not renewed for 1 s: no answer" in message for message in caplog.messages)
 
@@ -165,10 +166,10 @@ def name_of(store: StageStore, item: str, part: int) -> str:
 def test_what_cannot_be_read_is_told_and_is_not_damaged(
     store: StageStore, unreadable: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str, what: str
 ) -> None:
-    monkeypatch.setattr(verify_stage, "FILE_DEADLINE_S", 0.3)
+    monkeypatch.setattr(verify_stage, "FILE_DEADLINE_S", 60.0)
     plain = Storage.read
     Worker(STAGE_OF, store).run()
-    monkeypatch.setattr(Storage, "read", lambda *a, max_bytes: plain(*a, max_bytes=max_bytes, deadline_s=0.3))
+    monkeypatch.setattr(Storage, "read", lambda *a, max_bytes: plain(*a, max_bytes=max_bytes, deadline_s=60.0))
     error = PermissionError(errno.EACCES, "Permission denied") if kind == "denied" else OSError(errno.EIO, "I/O error")
     places = {"receipt": "work/count/done/i001.json", "summary": SUMMARY, "items": "work/count/items.json"}
     damaged = name_of(store, "i002", 1)

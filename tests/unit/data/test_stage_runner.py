@@ -102,7 +102,7 @@ def test_what_a_dead_worker_published_is_kept_and_at_most_a_part_is_done_again(t
                 yield part
 
     with pytest.raises(_Dies):
-        worker(Mortal(items=1, samples=20, part=4, log=str(log)), tmp_path / "out", lease_s=0.3).run()
+        worker(Mortal(items=1, samples=20, part=4, log=str(log)), tmp_path / "out").run()
     StageStore(str(tmp_path / "out")).create_json(
         "work/count/leases/i000.0000", {"worker": "gone", "attempt": "x", "deadline": 0}
     )
@@ -132,19 +132,19 @@ def test_a_worker_that_slept_through_its_lease_publishes_nothing_and_leaves_noth
         def _count(self, work: Work) -> Iterator[Part]:
             for part in super()._count(work):
                 taken.set()
-                assert go_on.wait(30)
+                assert go_on.wait(300)
                 yield part
 
     sleeper = worker(Sleeper(items=1), tmp_path / "out")
     thread = threading.Thread(target=sleeper.run)
     thread.start()
-    assert taken.wait(30)
+    assert taken.wait(300)
     out = StageStore(str(tmp_path / "out"))
     out.create_json("work/count/leases/i000.0001", {"worker": "late", "attempt": "y", "deadline": 0})
     worker(CountingStage(items=1), tmp_path / "out").run()
     before = files(tmp_path / "out")
     go_on.set()
-    thread.join(30)
+    thread.join(300)
     assert not thread.is_alive()
     assert files(tmp_path / "out") == before
     assert published(out) == expected(CountingStage(items=1))
@@ -165,8 +165,8 @@ def test_files_of_a_worker_that_died_before_its_receipt_are_swept(tmp_path: Path
 
 def test_renewal_keeps_a_lease_that_is_shorter_than_the_work(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stage = CountingStage(items=1, samples=8, part=8, seconds=0.6, log=str(log))
-    threads = [threading.Thread(target=worker(stage, tmp_path / "out", lease_s=2.4).run) for _ in range(2)]
+    stage = CountingStage(items=1, samples=8, part=8, seconds=1.7, log=str(log))
+    threads = [threading.Thread(target=worker(stage, tmp_path / "out", lease_s=12.0).run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

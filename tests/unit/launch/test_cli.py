@@ -23,12 +23,11 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 def test_help_imports_neither_torch_nor_any_subcommand() -> None:
     code = (
-        "import sys, time; start = time.monotonic()\n"
+        "import sys\n"
         "from launch.cli import cli\n"
         "cli.main(['--help'], prog_name='loupe', standalone_mode=False)\n"
         "for name in ('torch', 'numpy', 'pydantic', 'submitit', 'launch.slurm', 'data.cli'):\n"
         "    assert name not in sys.modules, name\n"
-        "assert time.monotonic() - start < 5\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

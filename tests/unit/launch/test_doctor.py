@@ -45,16 +45,16 @@ def test_a_check_that_hangs_is_named_and_holds_up_no_other() -> None:
     released = threading.Event()
 
     def hangs() -> list[Finding]:
-        released.wait(30)
+        released.wait(300)
         return []
 
     began = time.monotonic()
     found = run_checks([
         Check("stuck", hangs, 0.2, "node", "reboot it"),
-        Check("well", lambda: [Finding("well", "ok", "1 GiB")], 5.0),
+        Check("well", lambda: [Finding("well", "ok", "1 GiB")], 250.0),
     ])  # fmt: skip
     released.set()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 200
     assert [(f.name, f.status, f.blame) for f in found] == [("stuck", "failed", "node"), ("well", "ok", "nobody")]
     assert found[0].figure == "no answer within 0 s"
     assert found[0].mend == "reboot it"

@@ -56,12 +56,12 @@ plan = json.loads(sys.argv[1])
 def say(**what): print(json.dumps(what), flush=True)
 say(doing="device"); say(device={"name": "a device"})
 say(doing="memory")
-if plan["rank"] == 1 and sys.argv[2] == "hang": time.sleep(100)
+if plan["rank"] == 1 and sys.argv[2] == "hang": time.sleep(1000)
 if plan["rank"] == 1 and sys.argv[2] == "error": say(error="RuntimeError: CUDA error: uncorrectable ECC error"); sys.exit(1)
 if plan["rank"] == 1 and sys.argv[2] == "die": sys.exit(3)
 say(memory={"tested_bytes": 1, "wrong_words": 0, "seconds": 0.1})
 say(doing="all-reduce")
-time.sleep(100)
+time.sleep(1000)
 """
 
 
@@ -77,7 +77,7 @@ def test_a_device_that_hangs_or_fails_is_named_within_the_deadline(
     program.write_text(STAND_IN.replace("sys.argv[2]", repr(what)))
     began = time.monotonic()
     reports = measure(2, cpu=True, quick=True, deadline_s=2.0, command=[sys.executable, str(program)])
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 200
     findings = {f.name: f for f in judge(reports)}
     assert findings["GPUs"].status == "ok"
     memory = findings["GPU memory"]
@@ -177,7 +177,7 @@ def test_nvidia_smi_is_asked_and_need_not_answer(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SMI", what)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("launch.doctor.device._SMI_S", 0.5 if what == "hangs" else 20.0)
+    monkeypatch.setattr("launch.doctor.device._SMI_S", 0.5 if what == "hangs" else 120.0)
     assert count_gpus() == gpus
     (found,) = hardware_errors()
     assert (found.status, found.blame) == ("failed", "node")
@@ -191,6 +191,6 @@ def test_what_a_process_says_besides_is_passed_over(tmp_path: Path) -> None:
     program.write_text(
         "print('NCCL version 2'); print('[1]'); print('{\"device\": {\"name\": \"x\"}}'); print('{\"dev')"
     )
-    (report,) = measure(1, cpu=True, quick=True, deadline_s=10, command=[sys.executable, str(program)])
+    (report,) = measure(1, cpu=True, quick=True, deadline_s=120, command=[sys.executable, str(program)])
     assert report.facts == {"device": {"name": "x"}}
     assert json.dumps(report.error) == "null"

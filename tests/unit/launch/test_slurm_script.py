@@ -58,7 +58,7 @@ def run_script(tmp_path: Path, job: Job, **environment: str) -> tuple[int, str, 
     script = tmp_path / "job.sh"
     script.write_text(slurm_executor([job]).script())
     result = subprocess.run(
-        ["bash", str(script)], capture_output=True, text=True, check=False, timeout=20, env={
+        ["bash", str(script)], capture_output=True, text=True, check=False, timeout=240, env={
             "PATH": str(programs), "CALLS": str(calls), "RUN": job.spec.run_dir, "SLURM_JOB_ID": "7", **environment,
         },
     )  # fmt: skip

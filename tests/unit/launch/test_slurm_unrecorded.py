@@ -25,7 +25,7 @@ class Storage:
 
     def meet(self) -> None:
         if self.behaviour == "hangs":
-            time.sleep(60)
+            time.sleep(600)
         if self.behaviour == "refuses":
             raise OSError(16, "Please reduce your request rate")
 
@@ -77,7 +77,7 @@ def test_a_restart_that_storage_does_not_take_is_recorded_at_the_next_end(
     storage.behaviour = behaviour
     began = time.monotonic()
     assert ends(run_dir, tmp_path, monkeypatch, 0, r0=70, r1=70) == 75
-    assert time.monotonic() - began < 10, "bounded"
+    assert time.monotonic() - began < 300, "bounded"
     assert "the run folder does not answer" in capsys.readouterr().out
     storage.behaviour = "well"
     assert history(run_dir) == []

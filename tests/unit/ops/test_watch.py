@@ -190,7 +190,7 @@ def test_finds_a_run_by_its_folder_and_by_its_file_and_ends_upon_a_signal(tmp_pa
         else:
             raise AssertionError(f"ended with {process.wait()}")
         server = Prometheus("watch", process, tmp_path, f"http://127.0.0.1:{port}")  # type: ignore[arg-type]
-        end = time.monotonic() + 90
+        end = time.monotonic() + 240
         while {one.labels["run"] for one in server.query("up == 1")} != {"by-folder", "by-file"}:
             assert time.monotonic() < end, server.query("up")
             time.sleep(0.5)

@@ -345,17 +345,19 @@ def test_damaged_records_are_passed_over(tmp_path: Path, text: str) -> None:
 def test_counters_and_goodput_reach_the_next_start(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "r"))
     said: list[dict[str, float]] = []
+    began = time.monotonic()
     with GoodputKeeper(Ledger(age_s=2.0), write_s=0.05) as keeper:
         assert keeper.open(folder, 0) == {}
         keeper.export(said.append, lambda: {"loupe_steps_total": [((), 40.0)], "x": [(("spike",), 2.0)]})
         keeper.ledger.enter("productive")
-        end = time.monotonic() + 20
+        entered = time.monotonic()
+        end = entered + 120
         while newest_record(folder).state != "productive" and time.monotonic() < end:  # type: ignore[union-attr]
             time.sleep(0.02)
         keeper.ledger.enter("other")
     assert newest_record(folder).ended  # type: ignore[union-attr]
     assert said[-1] == read_goodput(folder)
-    assert said[-1]["init"] == pytest.approx(2.0, abs=1.0)
+    assert 2.0 <= said[-1]["init"] <= 2.0 + entered - began + 0.01
     assert said[-1]["productive"] > 0
     with GoodputKeeper(Ledger()) as keeper:
         assert keeper.open(folder, 1) == {"loupe_steps_total": [((), 40.0)], "x": [(("spike",), 2.0)]}
@@ -373,7 +375,7 @@ def test_storage_that_refuses_ends_nothing(tmp_path: Path, capsys: pytest.Captur
             raise OSError("no room")
 
         folder.write_json = refuse  # type: ignore[assignment]
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while len(refusals) < 3 and time.monotonic() < end:
             time.sleep(0.01)
         folder.write_json = good  # type: ignore[method-assign]

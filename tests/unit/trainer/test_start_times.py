@@ -62,7 +62,7 @@ def test_a_process_knows_its_age() -> None:
     code = "import time; time.sleep(0.5); from trainer.start_times import process_age_s; print(process_age_s())"
     began = time.monotonic()
     said = subprocess.run(
-        [sys.executable, "-c", code], cwd=CODE_ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], cwd=CODE_ROOT, capture_output=True, text=True, check=True, timeout=300
     )
     assert 0.5 <= float(said.stdout) <= time.monotonic() - began + 0.02
     assert process_age_s() > 0
@@ -89,7 +89,7 @@ def test_a_run_records_its_start_once_and_exports_it(
     assert set(seconds) == {"data", "model", "restore", "first_batch", "first_step"}
     assert 1.0 < sum(seconds.values()) < took + 1.0, "it ends with the first of several steps"
     target = folder.read_json("metrics_targets.json")["targets"][0]
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as response:
         text = response.read().decode()
     assert f'loupe_start_seconds{{part="model"}} {run.start.seconds["model"]}' in text
     assert capsys.readouterr().out.count("first step ") == 1

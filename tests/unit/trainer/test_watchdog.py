@@ -106,7 +106,7 @@ class Hung(MemoryFileSystem):
 fsspec.register_implementation("hung", Hung)
 watchdog.STORAGE_S = 0.5
 with watchdog.Watchdog(WatchdogConfig(min_s=0.5, first_step_s=0.5), RunFolder("hung://run")):
-    time.sleep(60)
+    time.sleep(500)
 """
 STUCK_INTERPRETER = """
 import ctypes
@@ -116,7 +116,7 @@ from trainer.run_folder import RunFolder
 
 watchdog._WITHOUT_INTERPRETER_S = 0.5
 def never_gives_the_lock_back():
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(500)
 
 with watchdog.Watchdog(WatchdogConfig(min_s=1, first_step_s=1), RunFolder("memory://run")):
     never_gives_the_lock_back()
@@ -131,7 +131,7 @@ with watchdog.Watchdog(None, None) as dog:
 
 def test_hung_storage_does_not_hold_up_the_end() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", HUNG_STORAGE], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", HUNG_STORAGE], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == ExitCode.HANG, result.stderr
     assert 'File "<string>", line 17 in <module>' in result.stderr, "the log has the stacks all the same"
@@ -143,12 +143,12 @@ def test_hung_storage_does_not_hold_up_the_end() -> None:
 def test_native_code_that_holds_the_interpreter_is_ended_too() -> None:
     started = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-c", STUCK_INTERPRETER], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", STUCK_INTERPRETER], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == -signal.SIGALRM
     assert "in never_gives_the_lock_back" in result.stderr
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - started < 300
 
 
 def test_none_watches_nothing() -> None:
-    assert subprocess.run([sys.executable, "-c", DISABLED], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", DISABLED], timeout=300, check=False).returncode == 0
