@@ -72,7 +72,8 @@ def test_what_is_there_is_not_made_again_and_a_job_goes_on_at_its_next_stage(tmp
 
 def test_no_more_at_a_time_than_workers_and_in_order(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    script = f"echo + >> {log}; sleep 0.8; echo - >> {log}; touch $0"
+    # the first waits for the second: they run at a time, however slow the machine is
+    script = f"echo + >> {log}; until [ $(grep -c + {log}) -ge 2 ]; do sleep 0.02; done; echo - >> {log}; touch $0"
     complete, _, notes = run([job(tmp_path, f"job{i}", script) for i in range(5)])
     assert complete
     running = [0]
@@ -85,7 +86,10 @@ def test_no_more_at_a_time_than_workers_and_in_order(tmp_path: Path) -> None:
 def test_a_job_of_two_cores_runs_alone_and_none_passes_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = f'echo "+$OMP_NUM_THREADS" >> {log}; sleep 0.2; echo - >> {log}; touch "$0"'
-    jobs = [job(tmp_path, name, script) for name in ("one", "wide", "two", "three")]
+    # the last two wait for each other
+    together = script.replace("sleep 0.2", f"until [ $(grep -c + {log}) -ge 4 ]; do sleep 0.02; done")
+    jobs = [job(tmp_path, name, script) for name in ("one", "wide")]
+    jobs += [job(tmp_path, name, together) for name in ("two", "three")]
     jobs[1].cores = 2
     assert Queue(jobs, workers=2, watcher=Notes()).left_s() == pytest.approx(5 / 2), "it counts twice"
     complete, _, _ = run(jobs)
