@@ -1,4 +1,4 @@
-"""Frozen networks of a recipe as sizes alone: from their `config.json` where it is there, else the published ones."""
+"""Frozen networks of a recipe as sizes alone: codecs by their `config.json` where it is there, all else as published."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
