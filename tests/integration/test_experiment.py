@@ -62,3 +62,36 @@ def test_the_smallest_experiment(tmp_path: Path, shared_dir: Path) -> None:
     again = json.loads((report / "lpl.json").read_text())
     assert {key: again[key] for key in ("runs", "reference")} == {key: figures[key] for key in ("runs", "reference")}
     assert not again["missing"], "the rival is not of this command"
+
+
+@pytest.mark.shared
+@pytest.mark.long
+def test_the_smallest_table_of_the_paper(tmp_path: Path, shared_dir: Path) -> None:
+    """Runs, looks at them by `loupe evaluate run`, at a checkpoint and with an EMA chosen afterwards; pages; and not again."""
+    out, report = tmp_path / "out", tmp_path / "report"
+    weights = shared_dir / "data/efficientnet_lite0/efficientnet-lite0-57934424.pth"
+    command = [
+        sys.executable, "-m", "launch.cli", "experiment", "paper", "table7", "figure18", "figure10", "--smoke", "--seeds", "1",
+        "--network", f"efficientnet_lite0={weights}", "--out", str(out), "--report", str(report),
+    ]  # fmt: skip
+
+    def run() -> None:
+        done = subprocess.run(command, cwd=CODE_ROOT, capture_output=True, text=True, check=False, timeout=1500)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run()
+    for name in ("table7", "figure18", "figure10"):
+        page = (report / f"{name}.md").read_text()
+        assert "Not there" not in page
+        assert "A smoke test" in page
+        Image.open(report / f"{name}.png").verify()
+    figures = json.loads((report / "table7.json").read_text())
+    looks = [look for point in figures["points"] for look in point["looks"].values()]
+    assert len(looks) == 2
+    assert all(look["figures"]["fid"] > 0 and len(look["log_power"]["real"]) == 32 for look in looks)
+    made = {
+        path: path.stat().st_mtime_ns for path in [*out.glob("evaluations/*/*.json"), *out.glob("runs/*/summary.json")]
+    }
+    assert len(made) == 5 + 2 + 2 + 10
+    run()
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "what is done is not done again"

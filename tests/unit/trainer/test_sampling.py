@@ -247,7 +247,7 @@ def test_bad_words_for_prompts(tmp_path: Path) -> None:
         (("a",), (), ("1",)): "--classes: goes without --prompt",
         ((), (), ("1-",)): "--classes: '1-' is no class",
         ((), (), ("7-5",)): "--classes: 7-5 is empty",
-        ((), (str(tmp_path / "none.txt"),), ()): "--prompts: .*none.txt cannot be read",
+        ((), (str(tmp_path / "none.txt"),), ()): "--prompts: .*none.txt is not there",
         (("x" * 200_000,), (), ()): "prompt 0 has 200000 characters",
     }.items():
         with pytest.raises(UserError, match=message):
