@@ -23,8 +23,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --no-deps -c constraints.txt mosaicml-streaming
 	touch $@
 
-demo: setup ## the main job on embedded defaults: train, be preempted, resume, sample (under 10 minutes on two cores)
+demo: setup ## the main job on embedded defaults: train, be preempted, resume, sample, evaluate (under 10 minutes on two cores)
 	$(PY) launch/slurm.py demo --cluster local --gpus-per-node 2 --cpu --run-dir runs/demo --fresh --rehearse-preemption 300
+	$(BIN)/loupe evaluate run runs/demo --out runs/demo-evaluation --overwrite
 
 watch: setup ## Prometheus and Alertmanager on this machine beside the runs in runs/ (needs Debian's two)
 	$(PY) -m ops.watch

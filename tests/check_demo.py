@@ -8,12 +8,14 @@ from pathlib import Path
 USUAL_WALL_S, MAX_WALL_S = 600, 900
 """What the README promises, which a slow machine may miss: the same code took 414 to 602 s on two cores of one kind. And what
 no machine explains."""
-MIN_ACCURACY, MAX_CHANCE = 0.80, 0.10
+MIN_ACCURACY, MAX_CHANCE, MAX_SPECTRUM = 0.80, 0.10, 0.5
 
 
 def check(folder: Path) -> list[tuple[str, bool]]:
     summary = json.loads((folder / "summary.json").read_text())
     records = [json.loads(line) for path in sorted((folder / "metrics").glob("*.jsonl")) for line in path.open()]
+    evaluation = json.loads((folder.with_name(f"{folder.name}-evaluation") / "evaluation.json").read_text())
+    spectrum, used = evaluation["figures"]["spectrum"]["value"], evaluation["generated"]["used"]
     phases = summary["phases"]
     first, last = phases[0]["losses_first"], phases[-1]["losses_last"]
     slow = "" if summary["wall_s"] <= USUAL_WALL_S else f"; SLOW, the README says {USUAL_WALL_S}"
@@ -27,6 +29,9 @@ def check(folder: Path) -> list[tuple[str, bool]]:
         (f"images/s: {summary['images_per_s']:.1f}", summary["images_per_s"] > 0),
         (f"prompt accuracy {summary['prompt_accuracy']:.3f}", summary["prompt_accuracy"] >= MIN_ACCURACY),
         (f"chance {summary['prompt_accuracy_chance']:.3f}", summary["prompt_accuracy_chance"] <= MAX_CHANCE),
+        (f"evaluated at step {evaluation['model']['identity']['step']}: {used} pictures",
+         evaluation["model"]["identity"]["step"] == summary["steps"] and used == evaluation["real"]["used"] == 96),
+        (f"spectrum {spectrum:.3f} of log10 power from the real images'", spectrum < MAX_SPECTRUM),
         ("LPL in the last phase only", [("lpl" in p["losses_last"]) for p in phases] == [False, False, True]),
         (f"loss fell: {first['denoising']:.3f} to {last['denoising']:.3f}", last["denoising"] < first["denoising"] / 2),
         ("samples", png_side(folder / "samples" / "final.png") >= 256),

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data.reader import open_dataset
 from launch.cli import cli
 from launch.entry import run_command
 from tests.feature_networks import OURS, Blocks
 from tests.image_sets import SIDE, drawn, written
 from tests.sampling_runs import CLASSES, run_of
+from trainer.config import resolve_url
 from trainer.errors import ExitCode
 from trainer.evaluate import metrics
 from trainer.evaluate.features.weights import sha256_of
@@ -199,6 +201,23 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     )
     assert code == 2
     assert "00000000.png has no caption; give --prompts FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("held_out", "count"), [("", 6), ("validation={dataset: {url: repo://data/assets/emoji_64, max_samples: 5}}", 5)]
+)
+def test_without_a_reference_it_is_the_runs_own(
+    held_out: str, count: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = run_of(tmp_path / "run", "data.datasets.emoji.max_samples=6", *filter(None, [held_out]))
+    words = ["run", str(run), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--size", "32"]
+    assert call(capsys, *words, "--steps", "1", "--resamples", "5")[0] == 0
+    found = read(tmp_path / "out")
+    assert (found["generated"]["used"], found["real"]["used"], found["real"]["found"]) == (count, count, count)
+    assert found["real"]["url"] == EMOJI
+    dataset = open_dataset(resolve_url(EMOJI), name="emoji")
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "out/prompts.jsonl").read_text().splitlines()]
+    assert prompts == [dataset.read(k).texts[0] for k in range(count)]
 
 
 def test_a_run_of_classes_is_drawn_by_labels(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

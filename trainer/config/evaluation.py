@@ -28,7 +28,8 @@ class ImageEvaluationConfig(Section):
 
     every_steps: PositiveInt = 10_000
     reference: str | None = None
-    """Real images, a dataset or a folder; absent: `validation.dataset`, or else the first dataset that the run trains on."""
+    """Real images, a dataset or a folder; absent: `validation.dataset`, or else what the run trains on (its first dataset, up
+    to `max_samples`)."""
     reference_count: Annotated[int, Field(ge=4)] | None = None
     """So many of them, drawn by the seed; absent: all."""
     num_samples: Annotated[int, Field(ge=4, le=1_000_000)] | None = None

@@ -26,10 +26,14 @@ MAX_FILE_BYTES = 256 << 20
 class Images:
     """A folder of images, with whatever folders lie in it, or a dataset that `loupe data build` wrote."""
 
-    def __init__(self, url: str) -> None:
-        """Raises:
-        UserError: no folder, no dataset, or nothing in it.
-        StorageError: remote storage does not answer.
+    def __init__(self, url: str, max_samples: int | None = None) -> None:
+        """
+        Args:
+            max_samples: of a dataset, its first so many.
+
+        Raises:
+            UserError: no folder, no dataset, or nothing in it.
+            StorageError: remote storage does not answer.
         """
         self.url = url
         resolved = resolve_url(url)
@@ -37,7 +41,7 @@ class Images:
         self._dataset: Dataset | None = None
         self._files: list[Path] = []
         if "://" in resolved or (folder / INDEX).is_file():
-            self._dataset = open_dataset(resolved, name=url)
+            self._dataset = open_dataset(resolved, name=url, max_samples=max_samples)
             if not len(self._dataset):
                 raise UserError(f"{url}: the dataset is empty; give another")
             return

@@ -22,7 +22,7 @@ from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.errors import UserError
 from trainer.evaluate.features.networks import LoadedNetwork, build_network
 from trainer.evaluate.image_measures import check_counts, flat
-from trainer.evaluate.image_sets import ImageSet, Picture, Selection
+from trainer.evaluate.image_sets import Picture, Selection
 from trainer.evaluate.images_run import (
     Settings,
     cache_of,
@@ -34,7 +34,7 @@ from trainer.evaluate.images_run import (
 )
 from trainer.evaluate.judged_sets import PART, Judged, Judging, batch_rows
 from trainer.evaluate.judges import Judge, Rows
-from trainer.evaluate.samples_run import prompts_of, record_of
+from trainer.evaluate.samples_run import open_reference, prompts_of, record_of
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.sampling import job
@@ -137,7 +137,7 @@ class ImageEvaluation:
                 seed=section.noise_seed, size=(self._resolution,) * 2,
             ).settings(config)  # fmt: skip
             self._sampling.check(config.task)
-            self._real = ranks.on_all(lambda: ImageSet(self._reference()))
+            self._real = ranks.on_all(lambda: open_reference(section.reference, config))
             count = section.num_samples or len(self._real)
             if section.prompts is not None:
                 count = ranks.on_rank_0(lambda: len(self._prompts()))
@@ -150,14 +150,6 @@ class ImageEvaluation:
         check_counts(generated, real, dimensions, self._metrics, allow_few=self._section.allow_few)
         if min(generated, real) < 4:
             raise UserError(f"{generated} pictures and {real} real images are too few to compare; take hundreds")
-
-    def _reference(self) -> str:
-        config = self._config
-        if self._section.reference is not None:
-            return self._section.reference
-        if config.validation and config.validation.dataset:
-            return config.validation.dataset.url
-        return next(iter(config.data.datasets.values())).url
 
     def _build_networks(self) -> list[LoadedNetwork]:
         return [build_network(one.name, one.weights, one.sha256) for one in self._section.networks]

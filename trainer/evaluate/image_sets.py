@@ -38,11 +38,14 @@ class Picture:
 
 class ImageSet:
     """
+    Args:
+        max_samples: of a dataset, its first so many.
+
     Raises:
         UserError: nothing is there, or it is not what it should be.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_samples: int | None = None) -> None:
         self.url = url
         folder = Path(resolve_url(url))
         self._rows: list[tuple[Path, str | None]] | None = None
@@ -54,7 +57,7 @@ class ImageSet:
         elif is_local and (folder / ABOUT).is_file():
             raise UserError(f"{url}: {ABOUT} and no {ROWS}: the sampling is not finished; give its command again")
         else:
-            self._images = Images(url)
+            self._images = Images(url, max_samples)
 
     def __len__(self) -> int:
         return len(self._rows) if self._images is None else len(self._images)  # type: ignore[arg-type]

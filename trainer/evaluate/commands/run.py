@@ -23,8 +23,9 @@ from trainer.sampling.source import check_weights
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("source", metavar="RUN|CHECKPOINT")
-@click.option("--reference", required=True, metavar="IMAGES", help="Real images: a dataset of `loupe data build`, whose "
-              "captions are drawn; or a folder, with --prompts.")  # fmt: skip
+@click.option("--reference", metavar="IMAGES", show_default=False, help="Real images: a dataset of `loupe data build`, whose "
+              "captions are drawn; or a folder, with --prompts.  [default: the run's held-out images, or else what it trains "
+              "on]")  # fmt: skip
 @click.option(
     "--out", required=True, metavar="FOLDER", help="For samples, evaluation.json and its pictures; can be continued."
 )
@@ -49,7 +50,7 @@ from trainer.sampling.source import check_weights
 @click.option("--record/--no-record", default=True, help="Write the figures into the run's folder too, for its report.")
 @measuring_options
 def run(
-    source: str, reference: str, out: str, prompts: str | None, count: int | None, weights: str, sampler: str | None,
+    source: str, reference: str | None, out: str, prompts: str | None, count: int | None, weights: str, sampler: str | None,
     steps: int | None, guidance: float | None, guidance_interval: tuple[float, float] | None,
     guidance_rescale: float | None, noise_seed: int, size: int | None, lot: int | None, record: bool, **options: Any,
 ) -> int:  # fmt: skip
@@ -61,6 +62,7 @@ def run(
 
     \b
     Examples:
+      loupe evaluate run runs/demo --out demo-evaluation
       loupe evaluate run runs/first --reference s3://b/heldout --out e --network inception=inception.pth
       loupe evaluate run runs/first --reference coco --count 30000 --out e --guidance 2 --network clip=models/clip-l
       loupe evaluate run runs/classes --reference imagenet --count 50000 --out e --network inception=inception.pth
@@ -77,7 +79,8 @@ def run(
     )  # fmt: skip
     asked.check_run()
     check_weights(weights)
-    check_there("--reference", reference)
+    if reference is not None:
+        check_there("--reference", reference)
     if prompts is not None and os.environ.get("RANK", "0") == "0":  # which alone reads it
         check_words((), (prompts,), ())
 
@@ -88,18 +91,20 @@ def run(
         PROMPTS,
         SAMPLES,
         model_numbers,
+        open_reference,
         prompts_of,
         takes_classes,
         write_prompts,
     )
     from trainer.evaluate.samples_run import record as record_in_run
     from trainer.sampling import job
+    from trainer.sampling.source import opened
 
     metrics = tuple(name.strip() for name in (options["metrics"] or "").split(",") if name.strip())
     dry_run = options["dry_run"]
     with process(options["device"], options["batch_size"]) as here:
         judging, ranks = here.judging, here.judging.ranks
-        truth = ranks.on_all(lambda: ImageSet(reference))
+        truth = ranks.on_all(lambda: open_reference(reference, opened(source).config))
         networks = load_networks(options["networks"], options["sums"], judging)
         cache = ranks.on_rank_0(lambda: cache_of(options["cache"]))
         folder = ranks.on_rank_0(lambda: claim(out, overwrite=options["overwrite"], dry_run=dry_run))
