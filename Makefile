@@ -63,10 +63,10 @@ export-check: setup ## export runs/demo, draw it in a new environment with torch
 test: setup ## all tests (under 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=30
 
-test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (a quarter of an hour on two cores; CI runs it too)
+test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (half an hour on two cores; CI runs it too)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile --durations=30
 
-test-long: setup ## experiments and the data chain from end to end, killed workers on S3 (a quarter of an hour on two cores)
+test-long: setup ## experiments, the data chain and faults from end to end, killed workers on S3, what benchmarks compute (half an hour)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long
 
 test-cluster: setup ## jobs on a real SLURM with two nodes, and what pods run (needs SLURM's daemons)

@@ -11,7 +11,7 @@ from tests.distributed.harness import run_ranks
 from trainer.config import CODE_ROOT
 from trainer.parallel.world import World
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def both_ways(world: World) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from trainer.models.autoencoders import Codec
 from trainer.models.frozen_decoder import FrozenDecoder
 from trainer.models.published_codecs import PUBLISHED
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NARROW = {"block_out_channels": CUT_WIDTHS, "norm_num_groups": 4, "layers_per_block": 1}
 

@@ -13,7 +13,7 @@ from trainer.config import CODE_ROOT, LatentDiffusionConfig
 from trainer.models.frozen_text import FrozenText
 from trainer.recipes import RECIPES, load
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NAMES = ("cc12m_512_lpl_flow", "sd3_medium_512", "imagenet_256_dit")
 TRAINED = [name for name in RECIPES if load(name).task.kind == "latent_diffusion"]

@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config import CODE_ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_both_loops_compute_the_same_and_are_compared() -> None:

@@ -17,7 +17,7 @@ from ops.bench.chaos_jobs import LocalJob, settings
 from trainer.config import CODE_ROOT
 from trainer.run_folder import JOB, RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1600)]
 
 KINDS = ("bit flip", SAVE, "preemption")
 
