@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from launch.commands.plan import plan as command
+from ops import scaling_table
 from tests.tiny import tiny
 from trainer.config import LatentDiffusionConfig, RunConfig, replace
 from trainer.config_text import with_overrides
@@ -226,3 +227,23 @@ def test_names_and_speeds_are_read() -> None:
     assert network_gbit("400") == network_gbit("400g") == 400.0
     for gpu in GPUS.values():
         assert gpu.peak_flops > 1e14
+
+
+def test_scaling_tables_hold_what_the_plans_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, count = tiny_count()  # 8 images a step
+    monkeypatch.setattr(scaling_table, "GPUS", (1, 8, 16))
+    monkeypatch.setattr(scaling_table, "GROWN_FROM", 8)
+    fixed = list(scaling_table.rows_of(run, count, "h100", grows=False))
+    assert [row[0] for row in fixed] == ["1", "8", "16"]
+    assert fixed[2][1].startswith("phases.full_resolution.batch_size: 8 images do not divide over --gpus 16")
+    plan = make_plan(run, count, Cluster(GPUS["h100"], 8, 8, 400))
+    assert fixed[1] == scaling_table.row(plan, 8)
+    assert fixed[1][6] == " / ".join(f"{phase.images_per_s:,.0f}" for phase in plan.phases)
+    grown = list(scaling_table.rows_of(run, count, "h100", grows=True))
+    assert grown[1] == fixed[1]
+    assert grown[2][1] != fixed[2][1]
+    assert grown[2][6] != ""
+    # 849 photos of 79 KB fill a shard of 64 MiB, as 1 billion fill 1,177,192
+    million, *_, billion = scaling_table.data_rows({8: plan})
+    assert (million[:3], billion[2]) == (["1,000,000", "0.079", "1,178"], "1,177,192")
+    assert float(billion[5].replace(",", "")) == pytest.approx(1e9 / plan.phases[0].images_per_s / 3600, rel=0.06)
