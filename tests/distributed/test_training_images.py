@@ -34,7 +34,8 @@ STEPS = 6
 
 def config(folder: Path, *overrides: str) -> RunConfig:
     section = (
-        f"{{every_steps: 3, num_samples: 20, reference_count: 40, resolution: 32, num_steps: 2, resamples: 20, lot: 4, "
+        f"{{every_steps: 3, reference: {EMOJI}, num_samples: 20, reference_count: 40, resolution: 32, num_steps: 2, "
+        f"resamples: 20, lot: 4, "
         f"batch_size: 8, allow_few: true, cache: {folder}/cache, networks: [{{name: dinov2, weights: {folder}/dinov2}}]}}"
     )
     return tiny(
@@ -169,7 +170,8 @@ def test_loupe_evaluate_run_finds_the_same_figures(runs: Any, tmp_path: Path) ->
         assert theirs["reference"]["dinov2"]["was_there"]
         assert theirs["definition"] == ours["definition"]
         for name, figure in theirs["figures"].items():
-            assert ours["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6), (step, name)
+            # other threads round otherwise, and a pixel of another level moves a figure by 2e-5
+            assert ours["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-4), (step, name)
 
 
 def test_a_stop_amid_it_is_obeyed_at_the_next_pass_but_one(runs: Any) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from launch.commands.plan import plan as command
-from ops import scaling_table
+from ops.bench import scaling_table
 from tests.tiny import tiny
 from trainer.config import LatentDiffusionConfig, RunConfig, replace
 from trainer.config_text import with_overrides

@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: a recipe's plan from 8 GPUs to 4,096, and its data from a million images to a billion.
 
-    python -m ops.scaling_table [--recipe sd3_medium_512] [--gpu h100]
+    python -m ops.bench.scaling_table [--recipe sd3_medium_512] [--gpu h100]
 
 Counted once, then planned as by `loupe plan` for each number of GPUs: with the recipe's batch as long as that divides, and
 with one that grows with the GPUs. Half a minute, without a GPU.
