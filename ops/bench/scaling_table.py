@@ -8,13 +8,14 @@ with one that grows with the GPUs. Half a minute, without a GPU.
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace as changed
 
 from rich.progress import track
 
 from trainer.config import PhaseConfig, RunConfig, replace
 from trainer.errors import UserError
+from trainer.experiments.results import table
 from trainer.plan.choose import PhasePlan, Plan, make_plan
 from trainer.plan.hardware import GIB, PHOTO_BYTES, Cluster, find_gpu
 from trainer.plan.recipe import RecipeCount, count_recipe
@@ -28,11 +29,6 @@ SHARD_BYTES = 64 << 20
 """`loupe data build --shard-mib`."""
 INDEX_S, INDEX_BYTES = 1.5e-5, 2.5e3
 """A shard; measured at 100,000 of them (docs/benchmarks.md)."""
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def planned(run: RunConfig, count: RecipeCount, gpu: str, num_gpus: int) -> Plan:
@@ -57,14 +53,8 @@ def _of_gpus(phase: PhaseConfig, num_gpus: int) -> PhaseConfig:
 
 
 def row(plan: Plan, num_gpus: int) -> list[str]:
-    def each(of: str, phases: Sequence[PhasePlan] = plan.phases) -> str:
-        values = {
-            "ms": lambda p: f"{p.time.whole * 1e3:.0f}",
-            "exposed": lambda p: f"{p.time.communication * 1e3:.0f}",
-            "mfu": lambda p: f"{p.mfu * 100:.0f}",
-            "images": lambda p: f"{p.images_per_s:,.0f}",
-        }
-        return " / ".join(values[of](phase) for phase in phases)
+    def each(value: Callable[[PhasePlan], str]) -> str:
+        return " / ".join(map(value, plan.phases))
 
     layout = plan.layout
     copies = "one copy" if layout.replicas == 1 else f"{layout.replicas} copies"
@@ -72,7 +62,8 @@ def row(plan: Plan, num_gpus: int) -> list[str]:
     return [
         f"{num_gpus:,}", f"{copies}, {reshard}, recompute {layout.recompute}, micro-batch {layout.micro_batch}",
         f"{max(p.memory_bytes for p in plan.phases) / GIB:.0f}{'' if plan.fits else ' (does not fit)'}",
-        each("ms"), each("exposed"), each("mfu"), each("images"),
+        each(lambda p: f"{p.time.whole * 1e3:.0f}"), each(lambda p: f"{p.time.communication * 1e3:.0f}"),
+        each(lambda p: f"{p.mfu * 100:.0f}"), each(lambda p: f"{p.images_per_s:,.0f}"),
         f"{sum(p.days for p in plan.phases):.2f}, {sum(p.gpu_hours for p in plan.phases):,.0f}",
     ]  # fmt: skip
 
@@ -96,14 +87,14 @@ def main() -> None:
     names = " / ".join(phase.name for phase in run.phases)
     head = ["GPUs", "layout", "GiB", "ms a step", "of it exposed", "MFU, %", "images/s", "days, GPU-hours"]
     print(f"Phases: {names}.\n\nThe recipe's batch, {' / '.join(f'{p.batch_size:,}' for p in run.phases)} images:\n")
-    print(table(head, list(rows_of(run, count, options.gpu, grows=False))))
+    print("\n".join(table(head, list(rows_of(run, count, options.gpu, grows=False)))), end="\n\n")
     each = " / ".join(str(p.batch_size // GROWN_FROM) for p in run.phases)
     print(f"A batch that grows, {each} images a GPU; the recipe's number of steps:\n")
-    print(table(head, list(rows_of(run, count, options.gpu, grows=True))))
+    print("\n".join(table(head, list(rows_of(run, count, options.gpu, grows=True)))), end="\n\n")
     of = {n: planned(run, count, options.gpu, n) for n in (8, 64, 512)}
     of[4096] = planned(replace(run, phases=tuple(_of_gpus(p, 4096) for p in run.phases)), count, options.gpu, 4096)
-    print(table(["images", "TB", "shards", "index: s", "index: GB", *(f"hours a pass, {n:,} GPUs" for n in of)],
-                list(data_rows(of))))  # fmt: skip
+    head = ["images", "TB", "shards", "index: s", "index: GB", *(f"hours a pass, {n:,} GPUs" for n in of)]
+    print("\n".join(table(head, list(data_rows(of)))))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data import draws
-from trainer.config import DatasetConfig, LatentDiffusionConfig, RunConfig
+from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.errors import UserError, one_line, storage_errors
 from trainer.evaluate.image_sets import ImageSet
 from trainer.evaluate.images_run import Evaluation
@@ -30,24 +30,19 @@ from trainer.whole_files import write_whole
 PROMPTS, SAMPLES = "prompts.jsonl", "samples"
 
 
-def reference_of(config: RunConfig) -> DatasetConfig:
-    """What a run's pictures are compared with unless told otherwise: its held-out images, or else those it trains on."""
-    if config.validation and config.validation.dataset:
-        return config.validation.dataset
-    return next(iter(config.data.datasets.values()))
-
-
 def open_reference(url: str | None, config: RunConfig) -> ImageSet:
-    """
+    """What a run's pictures are compared with.
+
     Args:
-        url: absent: the run's own.
+        url: absent: the run's held-out images, or else those it trains on.
 
     Raises:
         UserError: it is not there, or not what it should be.
     """
     if url is not None:
         return ImageSet(url)
-    own = reference_of(config)
+    held_out = config.validation.dataset if config.validation else None
+    own = held_out or next(iter(config.data.datasets.values()))
     return ImageSet(own.url, own.max_samples)
 
 
