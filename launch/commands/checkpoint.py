@@ -154,6 +154,10 @@ def diff(ctx: click.Context, here: str, there: str, roots: tuple[str, ...], pref
     from trainer.checkpoint.compare import compare
 
     first, second = _open(here, roots), _open(there, roots)
+    names = {*first.index.tensors, *second.index.tensors}
+    if not any(name.startswith(prefix) for name in names):
+        kinds = ", ".join(sorted({f"{name.partition('.')[0]}." for name in names}))
+        raise click.UsageError(f"--prefix: no tensor's name begins with {prefix}; there are {kinds}")
     total = 2 * sum(
         first.num_bytes(n) for n in first.index.tensors if n in second.index.tensors and n.startswith(prefix)
     )

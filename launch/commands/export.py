@@ -120,7 +120,7 @@ def _weights(source: str, out: str, dtype: str, options: dict[str, Any]) -> None
 
     done = export_weights(source, out, dtype=getattr(torch, dtype), weights=options["weights"])
     click.echo(f"{out}: {done.tensors} tensors of step {done.step}, {done.bytes / 1e6:.1f} MB")
-    click.echo(f"to begin a run with them: --set init_from.url={out}")
+    click.echo(f"to begin a run with them: --set 'init_from={{url: {out}}}'")
 
 
 def _folder(source: str, out: str, dtype: str, options: dict[str, Any]) -> None:

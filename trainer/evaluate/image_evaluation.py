@@ -148,8 +148,6 @@ class ImageEvaluation:
     def _check_counts(self, generated: int, real: int) -> None:
         dimensions = {network.name: network.network.dimensions for network in self._networks}
         check_counts(generated, real, dimensions, self._metrics, allow_few=self._section.allow_few)
-        if min(generated, real) < 4:
-            raise UserError(f"{generated} pictures and {real} real images are too few to compare; take hundreds")
 
     def _build_networks(self) -> list[LoadedNetwork]:
         return [build_network(one.name, one.weights, one.sha256) for one in self._section.networks]

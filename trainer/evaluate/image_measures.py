@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,23 @@ METRICS = {
     "clip_score": "100 cos of image and prompt by CLIP, as torchmetrics (Hessel et al. 2021)",
     "spectrum": "mean absolute difference of log10 power by frequency (Berrada et al. 2025, figure 5)",
 }
+OF_SPECTRUM = {
+    "spectrum_low": "that difference over the lowest third of the frequencies",
+    "spectrum_mid": "over the middle third",
+    "spectrum_high": "over the highest third",
+    "spectrum_high_signed": "mean difference over the highest third with its sign: below 0, detail is missing",
+}
 CLIP_S = "2.5 max(cos, 0) of image and prompt by CLIP (Hessel et al. 2021)"
 OF_NETWORKS = ("fid", "fid_infinity", "kid", "precision", "recall", "density", "coverage")
 OF_CLIP = ("cmmd", "clip_score")
 DEFAULT = ("fid", "kid", "precision", "recall", "density", "coverage", "cmmd", "clip_score", "spectrum")
 """Those that can be had."""
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+NEIGHBOURS_OF = {
+    "precision": NEIGHBOURS, "recall": NEIGHBOURS, "density": DENSITY_NEIGHBOURS, "coverage": DENSITY_NEIGHBOURS,
+}  # fmt: skip
+LEAST = 4
+"""Images of a set, whatever is measured."""
 KID_SUBSETS, KID_SIZE = 100, 1000
 SPECTRUM_RESAMPLES = 200
 CONFIDENCE = 0.95
@@ -67,15 +78,17 @@ def check_counts(
             by = "" if bias is None else f", by some {bias(network, generated <= real):.3g} here"
             raise UserError(
                 f"--metrics fid: {generated} generated and {real} real images for {d} features of {network}: with no more "
-                f"images than features the distance is too large{by}; take {d + 1} or more, or give --allow-few"
+                f"images than features the distance is too large{by}; take {d + 1} or more, give --allow-few, or name other "
+                "metrics"
             )
-        neighbours = max(NEIGHBOURS, DENSITY_NEIGHBOURS) + 1
-        if set(wanted) & {"precision", "recall", "density", "coverage"} and least < neighbours:
-            raise UserError(
-                f"--metrics: {least} images, and neighbours need {neighbours}; take more, or leave them out"
-            )
-        if least < 4:
-            raise UserError(f"{least} images are too few to compare; take hundreds, for FID thousands")
+        for metric, k in NEIGHBOURS_OF.items():
+            if metric in wanted and least <= k:
+                raise UserError(f"--metrics {metric}: {generated} generated and {real} real images, and it looks at {k} "
+                                "neighbours of each; take more images, or leave it out")  # fmt: skip
+    if least < LEAST:
+        raise UserError(
+            f"{generated} generated and {real} real images are too few to compare; take hundreds, for FID thousands"
+        )
 
 
 @dataclass(frozen=True)
@@ -194,10 +207,15 @@ class Comparison:
 
             if self.resamples:
                 count = min(self.resamples, SPECTRUM_RESAMPLES)
+                is_signed = name.endswith("_signed")
                 estimate = metrics.bootstrap(
-                    error, made_NF, real_NF, resamples=count, confidence=CONFIDENCE, seed=self.seed, paired=False
-                )
-                figure = _estimated(estimate, f"bootstrap over images of both sets, {count} resamples")
+                    error, made_NF, real_NF, resamples=count, confidence=CONFIDENCE, seed=self.seed, paired=False,
+                    normal=not is_signed,
+                )  # fmt: skip
+                if not is_signed:
+                    estimate = replace(estimate, low=max(estimate.low, 0.0))
+                how = "percentiles" if is_signed else "standard errors"
+                figure = _estimated(estimate, f"bootstrap over images of both sets, {how} of {count} resamples")
             else:
                 figure = {"value": error(made_NF, real_NF), "interval": None}
             found[name] = {"metric": "spectrum", **figure}

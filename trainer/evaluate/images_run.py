@@ -18,7 +18,16 @@ from trainer.errors import UserError
 from trainer.evaluate import codec_report
 from trainer.evaluate.features.networks import LoadedNetwork
 from trainer.evaluate.features.preprocess import RESIZES, Resize
-from trainer.evaluate.image_measures import CLIP_S, DEFAULT, METRICS, OF_CLIP, OF_NETWORKS, Comparison, Figure
+from trainer.evaluate.image_measures import (
+    CLIP_S,
+    DEFAULT,
+    METRICS,
+    OF_CLIP,
+    OF_NETWORKS,
+    OF_SPECTRUM,
+    Comparison,
+    Figure,
+)
 from trainer.evaluate.image_pictures import nearest_rows, neighbours_grid, spectrum_plot
 from trainer.evaluate.image_sets import ImageSet, Selection
 from trainer.evaluate.judged_sets import DECODERS, Judged, Judging, described
@@ -260,6 +269,7 @@ def meaning(figures: Mapping[str, Figure], settings: Settings) -> dict[str, str]
     return {
         "figures": "by name; those of networks other than FID's Inception have its name behind: fd_dinov2, kd_dinov2, ...",
         **{name: text for name, text in {**METRICS, "clip_s": CLIP_S}.items() if name in used},
+        **{name: text for name, text in OF_SPECTRUM.items() if name in figures},
         "log_power": "log10 power of luminance by radius, 1, 2, ... cycles an image",
         "interval": "over other draws of as many images; the bias of the count is not in it",
         "bias": "what the distance of as many images of one and the same distribution would be, to first order",

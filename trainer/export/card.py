@@ -1,5 +1,6 @@
 """The model card of an export: README.md, in the form that model hubs read."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -35,7 +36,7 @@ def card(
         f"# {_plain(config.name)}\n\n{_about(facts, task, step, weights)}",
         f"![pictures of this model]({SAMPLES})\n\n" + "\n".join(f"{i}. {_quoted(p)}" for i, p in enumerate(prompts, 1)),
         f"## Use\n\n```python\n{usage(pipeline, parity, prompts, missing)}\n```\n\n" + "\n\n".join(notes),
-        "## Training\n\n" + _phases(facts),
+        "## Training\n\n" + _phases(facts, step),
         "## Results\n\n" + _results(facts, step),
         "## Data\n\n" + "\n".join(f"- {line}" for line in _data(facts)),
         "## Licence\n\n" + _licence(facts, licence),
@@ -88,13 +89,19 @@ def _about(facts: Facts, task: LatentDiffusionConfig, step: int, weights: str) -
     )
 
 
-def _phases(facts: Facts) -> str:
-    rows = [
-        (p.name, f"{p.steps:,}", f"{p.resolution} px", p.batch_size, f"{p.learning_rate:g}", f"{p.ema_decay:g}",
-         f"{facts.config.task.perceptual.kind}, weight {p.perceptual.weight:g}"
-         if p.perceptual and isinstance(facts.config.task, LatentDiffusionConfig) else "none")
-        for p in facts.config.phases
-    ]  # fmt: skip
+def _phases(facts: Facts, step: int) -> str:
+    """Those that the exported step has seen, as far as it has."""
+    starts = itertools.accumulate((p.steps for p in facts.config.phases), initial=0)
+    task, rows = facts.config.task, []
+    for phase, start in zip(facts.config.phases, starts, strict=False):
+        if start >= step:
+            break
+        steps = f"{phase.steps:,}" if start + phase.steps <= step else f"{step - start:,} of {phase.steps:,}"
+        loss = "none"
+        if phase.perceptual and isinstance(task, LatentDiffusionConfig):
+            loss = f"{task.perceptual.kind}, weight {phase.perceptual.weight:g}"
+        rows.append((phase.name, steps, f"{phase.resolution} px", phase.batch_size, f"{phase.learning_rate:g}",
+                     f"{phase.ema_decay:g}", loss))  # fmt: skip
     return table(("phase", "steps", "resolution", "batch", "learning rate", "EMA decay", "perceptual loss"), rows)
 
 
@@ -108,8 +115,10 @@ def _results(facts: Facts, step: int) -> str:
              for name, value in _numbers(facts.evaluation) if name not in ("step", "time")]  # fmt: skip
     for record in facts.measured:
         counts, figures = (part if isinstance(part := record.get(name), dict) else {} for name in ("counts", "figures"))
+        drawn = part if isinstance(part := record.get("sampling"), dict) else {}
         about = (
-            f"step {record.get('step')}, weights {public_text(str(record.get('weights')))}, {counts.get('generated')} pictures "
+            f"step {record.get('step')}, weights {public_text(str(record.get('weights')))}, drawn by {drawn.get('sampler')} in "
+            f"{drawn.get('steps')} steps, guidance {drawn.get('guidance')}, {counts.get('generated')} pictures "
             f"against {counts.get('real')} at {record.get('size')} px, definition {record.get('definition')}"
         )
         rows += [(f"{_plain(name)}; {about}", shown) for name, figure in figures.items() if (shown := _figure(figure))]

@@ -55,7 +55,7 @@ def run(
     for line in _plan(work, about, options):
         tell(line)
     if options.dry_run:
-        absent = ranks.on_rank_0(lambda: folder.missing(count) if folder and not options.overwrite else range(count))
+        absent = ranks.on_rank_0(lambda: _absent(folder, about, count, overwrite=options.overwrite))
         left = sum(map(len, lots_to_draw(absent, work.lot, options.part)))
         tell(f"would draw {left} of {pictures(count)}" + (f" into {folder.path}" if folder else ""))
         return ExitCode.DONE
@@ -85,6 +85,14 @@ def run(
         for line in _finish(options, work, folder, kept, about):
             say(line)
     return code
+
+
+def _absent(folder: SampleFolder | None, about: dict[str, Any], count: int, *, overwrite: bool) -> Sequence[int]:
+    """What a dry run would draw; refused where the drawing would be."""
+    if folder is None:
+        return range(count)
+    folder.check(about, overwrite=overwrite)
+    return range(count) if overwrite else folder.missing(count)
 
 
 def _open(options: Options, place: torch.device, folder: SampleFolder | None, ranks: Ranks) -> Work:

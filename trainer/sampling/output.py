@@ -60,11 +60,12 @@ class SampleFolder:
             raise UserError(f"{path}: not of this command, or of another version of it; give another --out")
         return tree
 
-    def claim(self, about: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the folder these pictures', or confirm that it is. `about["identity"]` is all that pictures follow from.
+    def check(self, about: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+        """What is known of the pictures that are there, if these may be among them. `about["identity"]` is all that pictures
+        follow from. Writes nothing.
 
         Raises:
-            UserError: it holds pictures that were drawn otherwise, or cannot be written.
+            UserError: it holds pictures that were drawn otherwise.
         """
         found = self.about()
         if found is not None and found["identity"] != about["identity"] and not overwrite:
@@ -75,6 +76,15 @@ class SampleFolder:
         if found is None and not overwrite and self.present():
             raise UserError(f"--out: {self.path} has pictures and no {ABOUT} that says what they are; give another, or "
                             "--overwrite")  # fmt: skip
+        return found
+
+    def claim(self, about: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Make the folder these pictures', or confirm that it is.
+
+        Raises:
+            UserError: as `check`; or it cannot be written.
+        """
+        found = self.check(about, overwrite=overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".loupe-{secrets.token_hex(4)}.tmp"

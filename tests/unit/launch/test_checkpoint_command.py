@@ -197,6 +197,9 @@ def test_diff(run: Path, tmp_path: Path) -> None:
         assert line in text, text
     assert "tensors here alone" not in text
     assert "equal bit by bit: 2" in ask("diff", run, other, "--prefix", "ema.").output
+    wrong = ask("diff", run, other, "--prefix", "emma.")
+    assert wrong.exit_code == 2, "nothing was compared"
+    assert "--prefix: no tensor's name begins with emma.; there are ema., " in wrong.output
     first = ask("diff", of_step(run, 10), run, "--prefix", "optim.step").output
     assert "optim.step: 20; 2" in first  # |10 - 30| and over |10|
 

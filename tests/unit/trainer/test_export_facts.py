@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import tiny
 from trainer.config_text import to_yaml
-from trainer.export.card import _results
+from trainer.export.card import _phases, _results
 from trainer.export.facts import HIDDEN, facts_of, public
 from trainer.run_folder import RunFolder
 
@@ -28,6 +28,7 @@ def measured(folder: Path, step: int, fid: float, digest: str) -> None:
         "counts": {},
         "size": 64,
         "definition": "d",
+        "sampling": {"sampler": "heun", "steps": step, "guidance": 2.5},
     }
     (folder / f"evaluations/step-{step:08d}-{digest}.json").write_text(json.dumps(record))
 
@@ -47,8 +48,8 @@ def run(tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     ("step", "shown"),
     [
-        (30, ["interval up to step 30 | 0.125 |", "accuracy | 0.75", "evaluation at step 30 | 31.5", "step 30, weights ema",
-              "| 51.5 |"]),
+        (30, ["interval up to step 30 | 0.125 |", "accuracy | 0.75", "evaluation at step 30 | 31.5",
+              "step 30, weights ema, drawn by heun in 30 steps, guidance 2.5", "| 51.5 |"]),
         (29, ["interval up to step 20 | 0.25 |", "evaluation at step 15 | 21.5", "step 20, weights ema", "| 61.5 |",
               "| 62.5 |"]),
         (12, ["interval up to step 10 | 0.5 |", "step 10, weights ema", "| 71.5 |"]),
@@ -61,6 +62,14 @@ def test_figures_are_of_the_exported_step_or_before_it(run: RunFolder, step: int
     # none of another step
     every = ("0.125", "0.25", "| 0.5 |", "0.75", "31.5", "21.5", "51.5", "61.5", "62.5", "71.5")
     assert sum(figure in text for figure in every) == sum(figure in " ".join(shown) for figure in every), text
+
+
+@pytest.mark.parametrize(
+    ("step", "steps"), [(20, ["8", "6", "6"]), (14, ["8", "6"]), (9, ["8", "1 of 6"]), (7, ["7 of 8"]), (0, [])]
+)
+def test_phases_are_those_that_the_exported_step_has_seen(run: RunFolder, step: int, steps: list[str]) -> None:
+    _, _, *rows = _phases(facts_of(run, step), step).splitlines()
+    assert [row.split(" | ")[1] for row in rows] == steps
 
 
 @pytest.mark.parametrize(

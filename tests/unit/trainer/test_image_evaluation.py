@@ -230,14 +230,30 @@ def test_what_cannot_be_read_is_replaced_and_counted(made: Path, real: Path, tmp
 
 def test_too_few_images_are_refused_with_their_bias(made: Path, real: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"40 generated and 150 real images for 48 features of blocks: .* too large, by some "
-                       r"0\.\d+ here; take 49 or more, or give --allow-few"):  # fmt: skip
+                       r"0\.\d+ here; take 49 or more, give --allow-few, or name other"):  # fmt: skip
         evaluated(made, real, tmp_path, count=40)
     few = evaluated(made, real, tmp_path, count=40, allow_few=True)
     assert few.figures["fd_blocks"]["bias"] > 0
     assert any("fd_blocks: about" in w and "bias of so few images" in w for w in few.numbers["warnings"])
     assert "fd_blocks" not in evaluated(made, real, tmp_path, count=40, metrics=("precision",)).figures
-    with pytest.raises(UserError, match="5 images, and neighbours need 6"):
+    few = r"--metrics density: 5 generated and 150 real images, and it looks at 5 neighbours of each"
+    with pytest.raises(UserError, match=few):
         evaluated(made, real, tmp_path, count=5, allow_few=True)
+    precise = evaluated(made, real, tmp_path, count=5, metrics=("precision",)).figures
+    assert set(precise) == {"precision_blocks"}
+    with pytest.raises(UserError, match="3 generated and 150 real images are too few to compare"):
+        evaluated(made, real, tmp_path, count=3, metrics=("spectrum",))
+
+
+def test_a_spectrums_figures_lie_in_their_intervals(made: Path, real: Path, tmp_path: Path) -> None:
+    """Resampling adds noise, which adds to an absolute difference: percentiles would lie above it."""
+    found = evaluated(made, made, tmp_path, metrics=("spectrum",), resamples=50)
+    for name, figure in found.figures.items():
+        assert figure["interval"]["low"] <= figure["value"] <= figure["interval"]["high"], name
+        assert name in found.numbers["meaning"]
+    assert found.figures["spectrum_high"]["value"] == 0.0 < found.figures["spectrum_high"]["interval"]["high"]
+    low, signed = (found.figures[name]["interval"]["low"] for name in ("spectrum_high", "spectrum_high_signed"))
+    assert low == 0.0 > signed
 
 
 def test_features_that_are_not_finite_are_refused(

@@ -95,6 +95,10 @@ def test_parts_add_up(captions: Path, tmp_path: Path) -> None:
     assert (about()["drawn"], about()["complete"]) == (2, False)
     drawn(asked[1])
     assert "would draw 2 of 6 pictures" in drawn(replace(asked[0], dry_run=True))[-1], "of its own"
+    with pytest.raises(UserError, match="holds pictures that were drawn otherwise"):
+        drawn(replace(asked[0], guidance=3.0, dry_run=True))
+    anew = replace(asked[0], guidance=3.0, part=Part(), dry_run=True, overwrite=True)
+    assert "would draw 6 of 6 pictures" in drawn(anew)[-1]
     drawn(asked[0])
     told = about()
     assert (told["drawn"], told["complete"]) == (6, True)

@@ -253,12 +253,13 @@ def test_what_the_config_refuses(tmp_path: Path, more: str, overrides: tuple[str
     ("more", "message"),
     [
         ("num_samples: 10, allow_few: false", "image_evaluation.metrics fid: 10 generated and 60 real images for 48 features "
-         "of blocks: with no more images than features the distance is too large; take 49 or more, or give "
-         "image_evaluation.allow_few=true"),
+         "of blocks: with no more images than features the distance is too large; take 49 or more, give "
+         "image_evaluation.allow_few=true, or name other metrics"),
         ("metrics: [clip_score]", "image_evaluation.metrics: clip_score needs image_evaluation.networks clip=FOLDER"),
         ("reference: nowhere", "image_evaluation: nowhere: no such folder"),
         ("prompts: nothing.txt", "image_evaluation.prompts: nothing.txt cannot be read"),
-        ("num_samples: 5, metrics: [precision]", "image_evaluation.metrics: 5 images, and neighbours need 6"),
+        ("num_samples: 5, metrics: [density]", "image_evaluation.metrics density: 5 generated and 60 real images, and it looks "
+         "at 5 neighbours of each"),
     ],
     ids=["few", "clip", "reference", "prompts", "neighbours"],
 )  # fmt: skip
@@ -298,8 +299,8 @@ def test_real_images_that_cannot_be_read_do_not_count(alone: World, tmp_path: Pa
     real = written(tmp_path / "real", drawn(6, 1, side=32))
     (real / "0000.png").write_bytes(b"nothing")
     (tmp_path / "prompts.txt").write_text("a dog\n" * 8)
-    run = config(tmp_path / "cache", f"prompts: {tmp_path}/prompts.txt, reference: {real}, metrics: [recall]")
-    with pytest.raises(UserError, match="5 images, and neighbours need 6"):
+    run = config(tmp_path / "cache", f"prompts: {tmp_path}/prompts.txt, reference: {real}, metrics: [coverage]")
+    with pytest.raises(UserError, match="coverage: 8 generated and 5 real images"):
         ready(run, alone)
 
 

@@ -36,7 +36,8 @@ _OPTIONS = (
     click.option("--reference-count", type=click.IntRange(min=2), metavar="N", show_default=False, help="So many real images, "
                  "drawn by the seed.  [default: all]"),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of images that are chosen, and of resamples."),
-    click.option("--resamples", type=click.IntRange(0, 100_000), default=1000, help="Of bootstrap intervals; 0: without."),
+    click.option("--resamples", type=click.IntRange(0, 100_000), default=1000, help="Of bootstrap intervals, for spectra 200 "
+                 "at most; 0: without."),
     click.option("--allow-few", is_flag=True, help="A Frechet distance even of no more images than features."),
     click.option("--batch-size", type=click.IntRange(1, 64), default=32, help="Images that networks see at once."),
     click.option("--cache", metavar="FOLDER", show_default=False, help="Where rows of real images are kept.  [default: "

@@ -43,6 +43,7 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
     paired: bool = True,
+    normal: bool = False,
 ) -> Estimate:
     """Percentile interval of `function(*arrays)` when rows are drawn again with replacement (Efron 1979; Efron and
     Tibshirani 1993, chapter 13).
@@ -54,6 +55,8 @@ def bootstrap(
     Args:
         paired: row i of all arrays belongs together (an image and its caption): one draw for all of them. If not, each
             array is drawn by itself.
+        normal: as many standard errors of the resamples on either side instead, of what resampling biases: an absolute
+            difference, to which the noise of a resample adds, would lie below its percentiles.
 
     Raises:
         UserError: no rows, or arrays that should be paired and differ in length.
@@ -64,7 +67,10 @@ def bootstrap(
     for i in range(resamples):
         rows = rng.integers(0, len(arrays[0]), len(arrays[0]))
         values[i] = function(*(a[rows if paired or k == 0 else _rows(rng, a)] for k, a in enumerate(arrays)))
-    return _percentiles(function(*arrays), values, confidence)
+    value = float(function(*arrays))
+    if normal:
+        return Estimate.of_normal(value, float(values.std(ddof=1)) if resamples > 1 else 0.0, confidence)
+    return _percentiles(value, values, confidence)
 
 
 def bootstrap_difference(
@@ -111,4 +117,4 @@ def _rows(rng: np.random.Generator, array: NDArray[Any]) -> NDArray[np.int64]:
 def _percentiles(value: float, values: Array, confidence: float) -> Estimate:
     check_confidence(confidence)
     low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(value, float(low), float(high))
