@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -24,6 +24,8 @@ from launch.experiments.jobs import (
 )
 from launch.experiments.queue import Job, Stage
 from trainer.config import CODE_ROOT
+from trainer.config.evaluation import NetworkName
+from trainer.config_text import suggest
 from trainer.errors import UserError
 from trainer.recipes.paper_exhibits import EXHIBITS, SHOWN, Exhibit, Look
 from trainer.recipes.paper_trainings import FULL, SMALL, SMOKE, FullScale, PlannedTraining, Scale, SmallScale, planned
@@ -34,6 +36,11 @@ STEP_S = 0.012
 SAMPLE_S, LOOK_S = 0.006, 20.0
 """Of an image and sampling step with guidance; and of an evaluation, beside its sampling."""
 METRICS = ("fid", "precision", "recall", "density", "coverage", "spectrum")
+NETWORKS: tuple[str, ...] = get_args(NetworkName)
+_NETWORK = (
+    "--network: whose features the tables are of; give efficientnet_lite0=FILE, inception=FILE, ... "
+    "(see `loupe evaluate run --help`)"
+)
 SUBMIT = "submit.sh"
 EMOJI = CODE_ROOT / "data/assets/emoji_64"
 
@@ -112,20 +119,21 @@ def _run(
     folder = Path(os.path.abspath(out or f"runs/experiment-paper-{scale.label}"))
     exhibits = [EXHIBITS[name](scale) for name in names]
     runs, looks = _shared(scale, exhibits, str(folder / "runs"))
+    _check_networks(networks, here=here)
     if dry_run:
-        return _tell_plan(exhibits, runs, looks, scale, workers)
+        _tell_plan(exhibits, runs, looks, scale, workers)
+        if looks and not networks:
+            click.echo(f"without --dry-run it wants {_NETWORK}")
+        return 0
     if looks and not networks and not report_only:
-        raise UserError(
-            "--network: whose features the tables are of; give efficientnet_lite0=FILE, inception=FILE, ... "
-            "(see `loupe evaluate run --help`)"
-        )
+        raise UserError(_NETWORK)
     report = Path(os.path.abspath(report_dir)) if report_dir else folder / "report"
     jobs: list[Job] = []
     if not report_only:
         words = [_absolute(network) for network in networks]
         measured = {"scale": asdict(scale), "networks": words}
         claim(folder, measured, [run.config for run in runs], {})
-        if not here:
+        if not here and runs:  # what is only counted is counted here
             _write_submit(folder, runs, looks, scale, words, names)
             return 0
         jobs = list(_jobs(folder, runs, looks, scale, words))
@@ -142,12 +150,34 @@ def _scale(scale: Scale, datasets: Sequence[str], latent_network: str | None, se
         if not (equals and name and url):
             raise UserError(f"--dataset {word}: give NAME=URL, such as cc12m=s3://bucket/cc12m")
         urls[name] = url if "://" in url else os.path.abspath(url)
+        if isinstance(scale, SmallScale) and "://" not in url and not os.path.exists(url):
+            raise UserError(f"--dataset {word}: {url} is not there")
     if isinstance(scale, SmallScale):
         scale = replace(scale, datasets=(*scale.datasets, *urls))
     elif unknown := set(urls) - set(scale.datasets):
         raise UserError(f"--dataset {min(unknown)}=...: the paper's are {', '.join(scale.datasets)}")
     network = os.path.abspath(latent_network) if latent_network else scale.latent_network
     return replace(scale, dataset_urls=urls or None, latent_network=network, seeds=seeds or scale.seeds)
+
+
+def _check_networks(networks: Sequence[str], *, here: bool) -> None:
+    """Before trainings of hours: whether evaluations could begin.
+
+    Raises:
+        UserError: no such network, no weights given, or none there.
+    """
+    for word in networks:
+        name, _, where = word.partition("=")
+        if ":" in name:  # code of the user's own
+            continue
+        if name not in NETWORKS:
+            raise UserError(f"--network {word}: no network {name}{suggest(name, NETWORKS)}")
+        if not where:
+            raise UserError(f"--network {word}: give its weights, as {name}=FILE")
+        if "://" not in where and not os.path.exists(where):
+            if here:
+                raise UserError(f"--network {word}: {where} is not there")
+            click.echo(f"WARNING: --network {word}: {where} is not on this machine; the jobs need it", err=True)
 
 
 def _absolute(network: str) -> str:
@@ -184,7 +214,7 @@ def _estimates(run: PlannedTraining, looks: Sequence[Look], scale: Scale) -> tup
 
 def _tell_plan(
     exhibits: Sequence[Exhibit], runs: Sequence[PlannedTraining], looks: dict[str, list[Look]], scale: Scale, workers: int
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     total = 0.0
     for run in runs:
         of = looks.get(run.name, [])
@@ -195,9 +225,11 @@ def _tell_plan(
             text += f"  about {(training_s + sum(looks_s)) / 60:4.1f} min"
         click.echo(text)
     shown = ", ".join(exhibit.name for exhibit in exhibits)
+    if not runs:
+        click.echo(f"{shown}: counted here in a minute, on this machine; nothing is trained")
+        return
     click.echo(f"{shown}: {len(runs)} runs, {sum(map(len, looks.values()))} looks at them" +
                (f", about {total / 60 / workers:.0f} minutes on {workers} core(s)" if total else ""))  # fmt: skip
-    return 0
 
 
 def _evaluate(

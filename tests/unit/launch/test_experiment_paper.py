@@ -38,6 +38,7 @@ def test_runs_are_shared() -> None:
     assert text.count("eps-plain-0 ") == 1
     # Figure 5 is of Table 3's runs; Table 6 adds two of three seeds
     assert "table3, figure5, table6: 27 runs, 24 looks at them, about" in text
+    assert "without --dry-run it wants --network" in text
     assert text.index("eps-pretrain ") < text.index("eps-plain-0 ") < text.index("flow-lpl-1 ")
 
 
@@ -50,13 +51,27 @@ def test_runs_are_shared() -> None:
         ),
         (("table3", "--small"), "--network: whose features the tables are of"),
         (("table2", "--small", "--dataset", "photos"), "--dataset photos: give NAME=URL"),
+        (
+            ("table3", "--small", "--network", "inceptionn=x"),
+            "no network inceptionn; did you mean 'inception'?",
+        ),
+        (("table3", "--small", "--network", "inception"), "--network inception: give its weights, as inception=FILE"),
+        (
+            ("table3", "--small", "--dry-run", "--network", "clip=nowhere"),
+            "--network clip=nowhere: nowhere is not there",
+        ),
+        (("table2", "--small", "--dataset", "photos=nowhere"), "--dataset photos=nowhere: nowhere is not there"),
         (("table2", "--dataset", "photos=x"), "--dataset photos=...: the paper's are imagenet, cc12m, s320m"),
     ],
-    ids=["name", "network", "dataset", "another"],
+    ids=["name", "network", "dataset", "no such", "no weights", "no file", "no folder", "another"],
 )
 def test_what_is_refused(words: tuple[str, ...], error: str) -> None:
     result = CliRunner().invoke(experiment, words, standalone_mode=False)
     assert error in str(result.exception)
+
+
+def test_what_is_only_counted_queues_nothing() -> None:
+    assert run("table8", "--dry-run") == "table8: counted here in a minute, on this machine; nothing is trained\n"
 
 
 def test_the_papers_size_is_queued_in_order(tmp_path: Path) -> None:
