@@ -73,9 +73,18 @@ def test_images(capsys: pytest.CaptureFixture[str], sets: tuple[str, str], tmp_p
     assert {"pillow", "opencv-python-headless", "simplejpeg", "torch", "loupe"} <= set(found["versions"])
     assert found["networks"][0]["preprocessing"] == "means of 4 x 4 blocks, in [0, 1]"
 
-    code, _, err = call(capsys, *words, "--out", str(tmp_path / "a"))
+    written_ns = (tmp_path / "a/evaluation.json").stat().st_mtime_ns
+    code, out, _ = call(capsys, *words, "--out", str(tmp_path / "a"), "--batch-size", "16")
+    assert code == 0
+    assert "has this evaluation already; --overwrite makes it anew" in out
+    assert f"{found['figures']['fd_blocks']['value']:.4g}" in out
+    code, _, err = call(capsys, *words, "--out", str(tmp_path / "a"), "--seed", "3", "--metrics", "kid", "--dry-run")
     assert code == 2
-    assert "has evaluation.json already; give another folder, or --overwrite" in err
+    assert "has an evaluation already, with other metrics, seed; give another folder, or --overwrite" in err
+    code, _, err = call(capsys, "images", sets[1], sets[1], *words[3:], "--out", str(tmp_path / "a"))
+    assert code == 2
+    assert "with other generated images; give another folder, or --overwrite" in err
+    assert (tmp_path / "a/evaluation.json").stat().st_mtime_ns == written_ns
     assert call(capsys, *words, "--out", str(tmp_path / "a"), "--overwrite", "--metrics", "kid, spectrum")[0] == 0
     assert set(read(tmp_path / "a")["figures"]) == {
         "kd_blocks", "spectrum", "spectrum_low", "spectrum_mid", "spectrum_high", "spectrum_high_signed",
@@ -195,6 +204,12 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "10 of 10 pictures are there" in said
     assert {p.name: p.stat().st_mtime_ns for p in (out / "samples/images").iterdir()} == before
     assert len(list((run / "evaluations").iterdir())) == 1
+    code, said, _ = call(capsys, *words, "--out", str(out))
+    assert code == 0
+    assert "has this evaluation already" in said
+    code, _, err = call(capsys, *words, "--out", str(out), "--metrics", "spectrum")
+    assert code == 2
+    assert "has an evaluation already, with other metrics; give another folder, or --overwrite" in err
 
     code, _, err = call(
         capsys, "run", str(run), "--reference", str(out / "samples/images"), "--out", str(tmp_path / "x")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.evaluate import codec_report
 from trainer.evaluate.features.networks import LoadedNetwork
 from trainer.evaluate.features.preprocess import RESIZES, Resize
@@ -38,6 +38,8 @@ from trainer.models.text_files import cache_folder
 FORMAT = 1
 NUMBERS, SPECTRUM, NEAREST = "evaluation.json", "spectrum.png", "nearest.png"
 FILES = (NUMBERS, SPECTRUM, NEAREST)
+_LIMIT = 64 << 20
+"""Largest evaluation.json that is read."""
 ROWS_FOLDER = "rows"
 """Of the generated images, below --out: other metrics of the same images do not need the networks again."""
 
@@ -124,8 +126,8 @@ def evaluate_images(
     metrics = settings.chosen(names, has_prompts=generated.prompt(0) is not None)
     started = time.monotonic()
     selections = (
-        Selection(generated, settings.size, settings.resize, settings.count, settings.seed),
-        Selection(real, settings.size, settings.resize, settings.reference_count, settings.seed),
+        selection(generated, settings, settings.count),
+        selection(real, settings, settings.reference_count),
     )
     of_real = judging.judged(selections[1], judges_of_real(networks), cache, "real")
     of_generated = judging.judged(selections[0], judges_of_generated(networks, metrics), out / ROWS_FOLDER, "generated")
@@ -328,8 +330,48 @@ def cache_of(given: str | None) -> Path:
 
 
 def claim(out: str, *, overwrite: bool, dry_run: bool = False) -> Path:
-    """`codec_report.claim` of an evaluation. Pictures without numbers are of one that was killed: it goes on."""
-    return codec_report.claim(out, (NUMBERS,), overwrite=overwrite, dry_run=dry_run)
+    """`codec_report.claim` of an evaluation. One that was killed goes on, and `finished` looks at one that is there."""
+    return codec_report.claim(out, (), overwrite=overwrite, dry_run=dry_run)
+
+
+def finished(
+    folder: Path, generated: ImageSet, real: ImageSet, settings: Settings, networks: Sequence[LoadedNetwork]
+) -> Evaluation | None:
+    """The evaluation that is there, where it is the one that is asked for; None: there is none.
+
+    Raises:
+        UserError: it is another one, or damaged.
+    """
+    path = folder / NUMBERS
+    try:
+        with path.open("rb") as file:
+            tree = json.loads(file.read(_LIMIT))
+        there = {
+            "generated images": tree["generated"]["identity"],
+            "real images": tree["real"]["identity"],
+            "networks": [{key: one[key] for key in one if key != "weights"} for one in tree["networks"]],
+            **tree["settings"],
+        }
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"--out: {path} cannot be read ({one_line(e)}); give another folder, or --overwrite") from None
+    asked = {
+        "generated images": selection(generated, settings, settings.count).identity,
+        "real images": selection(real, settings, settings.reference_count).identity,
+        "networks": [network.numbers() for network in networks],
+        **asdict(settings),
+    }
+    asked = json.loads(json.dumps(asked))
+    others = sorted(name for name in asked if name != "batch_size" and there.get(name) != asked[name])
+    if others:
+        raise UserError(f"--out: {folder} has an evaluation already, with other {', '.join(others)}; give another folder, or "
+                        "--overwrite")  # fmt: skip
+    return Evaluation(tree, lambda: {name: b"" for name in FILES if name != NUMBERS and (folder / name).exists()})
+
+
+def selection(images: ImageSet, settings: Settings, count: int | None) -> Selection:
+    return Selection(images, settings.size, settings.resize, count, settings.seed)
 
 
 def write(folder: Path, found: Evaluation) -> None:

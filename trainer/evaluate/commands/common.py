@@ -151,3 +151,12 @@ def tell(found: "Evaluation", folder: Path, process: Process) -> None:
     for name, figure in found.figures.items():
         process.say(in_words(name, figure, width))
     process.say(f"{folder / NUMBERS}, {', '.join(sorted(found.pictures))}")
+
+
+def tell_finished(found: "Evaluation | None", folder: Path, process: Process) -> bool:
+    """Whether the evaluation that is asked for is there."""
+    if found is None:
+        return False
+    process.say(f"{folder} has this evaluation already; --overwrite makes it anew")
+    tell(found, folder, process)
+    return True

@@ -12,6 +12,7 @@ from trainer.evaluate.commands.common import (
     measuring_options,
     process,
     tell,
+    tell_finished,
 )
 
 
@@ -42,7 +43,7 @@ def images(generated: str, real: str, out: str, size: int | None, count: int | N
     check_there("GENERATED", generated)
     check_there("REAL", real)
     from trainer.evaluate.image_sets import ImageSet, uniform_size
-    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, write
+    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, finished, write
     from trainer.evaluate.judged_sets import Stopped
 
     metrics = tuple(name.strip() for name in (options["metrics"] or "").split(",") if name.strip())
@@ -60,6 +61,10 @@ def images(generated: str, real: str, out: str, size: int | None, count: int | N
         check_enough(taken, truth, settings.reference_count, networks, chosen, allow_few=settings.allow_few)
         folder = ranks.on_rank_0(lambda: claim(out, overwrite=options["overwrite"], dry_run=options["dry_run"]))
         cache = ranks.on_rank_0(lambda: cache_of(options["cache"]))
+        if not options["overwrite"] and ranks.on_rank_0(
+            lambda: tell_finished(finished(folder, made, truth, settings, networks), folder, here)
+        ):
+            return int(ExitCode.DONE)
         if options["dry_run"]:
             of_real = min(settings.reference_count or len(truth), len(truth))
             here.say(f"{taken} of {len(made)} generated images, {of_real} of {len(truth)} real ones, at {side} px")

@@ -15,6 +15,7 @@ from trainer.evaluate.commands.common import (
     measuring_options,
     process,
     tell,
+    tell_finished,
 )
 from trainer.sampling.options import Options
 from trainer.sampling.prompts import check_words, read_prompts
@@ -85,7 +86,7 @@ def run(
         check_words((), (prompts,), ())
 
     from trainer.evaluate.image_sets import ImageSet, uniform_size
-    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, write
+    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, finished, write
     from trainer.evaluate.judged_sets import Stopped
     from trainer.evaluate.samples_run import (
         PROMPTS,
@@ -144,9 +145,14 @@ def run(
         made = ranks.on_all(lambda: ImageSet(str(folder / SAMPLES)))
         side = ranks.on_rank_0(lambda: uniform_size(made, "--size"))
         model = ranks.on_rank_0(lambda: model_numbers(folder / SAMPLES))
+        settings = settings_at(side)
+        if not options["overwrite"] and ranks.on_rank_0(
+            lambda: tell_finished(finished(folder, made, truth, settings, networks), folder, here)
+        ):
+            return int(ExitCode.DONE)
         try:
             found = evaluate_images(
-                made, truth, settings_at(side), networks, judging, out=folder, cache=cache,
+                made, truth, settings, networks, judging, out=folder, cache=cache,
                 more={"kind": "run", "model": model},
             )  # fmt: skip
         except Stopped:
