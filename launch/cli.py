@@ -36,7 +36,7 @@ SUBCOMMANDS = {
     "ema": ("launch.commands.ema:ema", "Averages of other widths, made after the training."),
     "experiment": (
         "launch.experiments.command:experiment",
-        "Small experiments with a report, on a machine without a GPU.",
+        "Experiments with a report, small or at a paper's size.",
     ),
     "train": ("launch.cli:train", "Run one rank in this process; launchers do this for you."),
     "pod": ("launch.pods.task:pod", "Run a Kubernetes pod's ranks; its manifest does this for you."),

@@ -40,14 +40,14 @@ def ema(
     """Make the average of RUN's weights that has another width, after the training. RUN: a run folder, its URL, or its name
     below a root, trained with ema.profiles and ema.snapshot_steps. docs/ema.md says what a width is.
 
-    What is written has the model's own names: `loupe sample RUN --weights FILE` draws with it, and a config's init_from.url
-    takes it. `loupe sample RUN --weights ema:0.08` needs no file.
+    What is written has the model's own names: `loupe sample RUN --weights FILE` draws with it, and
+    --set 'init_from={url: FILE}' begins with it. `loupe sample RUN --weights ema:0.08` needs no file.
 
     \b
     Examples:
-      loupe ema runs/demo
-      loupe ema runs/demo --sweep 0.03,0.05,0.08,0.1,0.15
-      loupe ema runs/demo --sigma-rel 0.08 --out demo-0.08.safetensors
+      loupe ema runs/first
+      loupe ema runs/first --sweep 0.03,0.05,0.08,0.1,0.15
+      loupe ema runs/first --sigma-rel 0.08 --out first-0.08.safetensors
       loupe ema s3://bucket/runs/first --sigma-rel 0.12 --at 400000 --out s3://bucket/weights/first-0.12.safetensors
     """
     from launch.runs.find import find_run
