@@ -76,6 +76,19 @@ class SafetensorsSource:
             )
         return state
 
+    def words(self) -> dict[str, str]:
+        """Of the metadata of a file: what its writer says of it. Nothing is taken for granted: none may be there."""
+        if not self._is_file:
+            return {}
+        try:
+            with self._fs.open(self._root, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                tree = json.loads(file.read(length)) if length <= JSON_LIMIT else {}
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"{self.url}: cannot be read ({one_line(e)})") from None
+        found = tree.get("__metadata__") if isinstance(tree, dict) else None
+        return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
     def _tensors(self, path: str) -> dict[str, Tensor]:
         try:
             if isinstance(self._fs, LocalFileSystem):

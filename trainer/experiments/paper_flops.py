@@ -61,8 +61,8 @@ def page(exhibit: Exhibit) -> tuple[list[str], dict[str, Any]]:
              "whole training grows by", "the paper's", "with LPL / without, encoding counted too"], rows,
         ),
         "",
-        f"The whole training is the first phase's {PRETRAIN.steps:,} iterations without LPL and those of the table's, weighed by "
-        f"the paper's TFLOP an iteration ({PAPER_PRETRAIN} in the first phase), of batches that it does not name at 256 px.",
+        f"The whole training is the first phase's {PRETRAIN.steps:,} iterations without LPL and those of the table's, weighed "
+        f"by the paper's TFLOP an iteration ({PAPER_PRETRAIN} in the first phase), of batches that it does not name at 256 px.",
         "",
         f"Of an image of 512 px the denoiser takes {model / TERA:.2f} TFLOP here; the paper's 69.342 of "
         f"{PAPER_BATCH_512} (Table 7) are {69.342 / PAPER_BATCH_512:.2f} each. LPL takes {loss / TERA:.1f} by our count, "

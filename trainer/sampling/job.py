@@ -135,7 +135,7 @@ def _plan(work: Work, about: dict[str, Any], options: Options) -> list[str]:
     if settings.guidance_rescale:
         guidance += f" rescaled by {settings.guidance_rescale:g}"
     lines = [
-        f"{work.model.source}: step {work.model.step}, weights {work.model.weights}",
+        f"{work.model.source}: step {work.model.step or 'unknown'}, weights {work.model.weights}",
         f"{pictures(len(work.prompts))} of {width} x {height} px: {settings.sampler}, {settings.steps} steps, {guidance}, seed "
         f"{settings.seed}; NFE {cost['nfe']}, {cost['network_passes']} network passes a picture",
     ]

@@ -24,11 +24,16 @@ if TYPE_CHECKING:
     from trainer.posthoc_ema import Plan, StoredAverages
 
 
+_DIGITS = 15
+"""Of a step, at most."""
+
+
 @dataclass(frozen=True)
 class Filled:
     """What was read."""
 
     step: int
+    """0 where a file does not say it."""
     source: str
     """URL."""
     weights: str
@@ -49,8 +54,11 @@ def fill(module: nn.Module, run: OpenedRun, weights: str, group: dist.ProcessGro
     ranks = Ranks(group)
     if weights.startswith(POST_HOC):
         return _post_hoc(module, run, weights, ranks)
-    ranks.on_all(lambda: _put(module.state_dict(), SafetensorsSource(weights).read(), weights))
-    return Filled(0, weights, weights, ranks.on_rank_0(lambda: _sha256(weights)))
+    file = SafetensorsSource(weights)
+    ranks.on_all(lambda: _put(module.state_dict(), file.read(), weights))
+    step = ranks.on_rank_0(lambda: file.words().get("step", ""))
+    known = int(step) if step.isascii() and step.isdigit() and len(step) <= _DIGITS else 0
+    return Filled(known, weights, weights, ranks.on_rank_0(lambda: _sha256(weights)))
 
 
 def plan_of(averages: "StoredAverages", sigma_rel: float, step: int | None) -> "Plan":

@@ -91,6 +91,25 @@ try:
     raise SystemExit("36 px were not refused")
 except ValueError as e:
     assert "no multiples of 8" in str(e), e
+for name, bad in dict(num_inference_steps=0, guidance_scale=-1.0, guidance_interval=(0.8, 0.2), guidance_rescale=7.0,
+                      seed=-1).items():
+    try:
+        pipe("a red fox", height=32, width=32, **{name: bad})
+        raise SystemExit(name + " was not refused")
+    except ValueError as e:
+        assert str(e).startswith(name + ": "), e
+both = dict(seed=1, generator=generator)
+for prompt, more, words in (([], {}, "prompt: there is none"), ("a fox", both, "seed: goes without")):
+    try:
+        pipe(prompt, height=32, width=32, **more)
+        raise SystemExit(words + " was not refused")
+    except ValueError as e:
+        assert words in str(e), e
+try:
+    pipe.save_pretrained("copy")
+    raise SystemExit("a folder without its code was written")
+except NotImplementedError as e:
+    assert "copy the folder" in str(e), e
 np.save(out, np.stack([np.asarray(image) for image in [*together, *alone]]))
 """
 

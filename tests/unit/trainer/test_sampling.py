@@ -123,6 +123,10 @@ def test_weights(captions: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, weights_of(config, 7)[name]) for name, tensor in raw.module.state_dict().items())
     safetensors.torch.save_file(weights_of(config, 3), tmp_path / "mine.safetensors")
     mine = SamplingModel.open(str(captions), CPU, weights=str(tmp_path / "mine.safetensors"))
+    assert mine.step == 0, "the file does not say it"
+    for words, step in (({"step": "660"}, 660), ({"step": "many"}, 0)):
+        safetensors.torch.save_file(weights_of(config, 3), tmp_path / "said.safetensors", metadata=words)
+        assert SamplingModel.open(str(captions), CPU, weights=str(tmp_path / "said.safetensors")).step == step
     assert all(torch.equal(tensor, weights_of(config, 3)[name]) for name, tensor in mine.module.state_dict().items())
     safetensors.torch.save_file({"denoiser.final.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     for bad, message in {

@@ -161,6 +161,8 @@ def run(
         if found is not None:
             write(folder, found)
             tell(found, folder, here)
-            if record:
+            if record and not model["identity"]["step"]:
+                here.say(f"not recorded in the run: {weights} does not say of which step it is")
+            elif record:
                 here.say(record_in_run(source, found, model))
     return int(ExitCode.DONE)

@@ -64,8 +64,13 @@ class TextToImagePipeline(DiffusionPipeline):
             output_type: pil, np or pt (values in [0, 1]), or latent.
 
         Raises:
-            ValueError: a size that the model cannot draw, or a class that it has not learned.
+            ValueError: a size that the model cannot draw, a class that it has not learned, or an argument out of its range.
         """
+        if not isinstance(prompt, str | int) and not len(prompt):
+            raise ValueError("prompt: there is none; give one or several")
+        if seed is not None and (generator is not None or latents is not None):
+            raise ValueError("seed: goes without generator and latents, which are noise in place of it")
+        _check(num_inference_steps, guidance_scale, guidance_interval, guidance_rescale, seed)
         config, device = self.transformer.config, self._execution_device
         prompts = [str(p) for p in ([prompt] if isinstance(prompt, str | int) else prompt)]
         defaults, of_latents = config["defaults"], config["latents"]
@@ -143,3 +148,25 @@ class TextToImagePipeline(DiffusionPipeline):
         if output_type == "np":
             return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images_to_pixels(images)]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Its code would not be in the folder, which nothing could open."""
+        raise NotImplementedError("copy the folder that this pipeline was loaded from, as a whole: save_pretrained leaves its "
+                                  "code out")  # fmt: skip
+
+
+def _check(
+    steps: int | None, scale: float | None, interval: tuple[float, float] | None, rescale: float | None, seed: int | None
+) -> None:  # fmt: skip
+    """As `loupe sample` has them; None is the run's own."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"num_inference_steps: {steps} is not positive; 25 to 50 are usual")
+    if scale is not None and not 0 <= scale < float("inf"):
+        raise ValueError(f"guidance_scale: {scale} is no scale; take 0 or more, 1 for none")
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval: {interval}; give two shares of the diffusion's time, 0 (data) to 1 (noise), the "
+                         "smaller first")  # fmt: skip
+    if rescale is not None and not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale: {rescale} is not within 0 to 1; 0.7 is usual")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed: {seed} is negative")
