@@ -31,9 +31,9 @@ from trainer.recipes.paper_exhibits import EXHIBITS, SHOWN, Exhibit, Look
 from trainer.recipes.paper_trainings import FULL, SMALL, SMOKE, FullScale, PlannedTraining, Scale, SmallScale, planned
 from trainer.run_folder import CHECKPOINTS
 
-STEP_S = 0.012
+STEP_S = 0.03
 """Seconds on one core, about, of a small training's step without a perceptual loss, an image; with one, twice that."""
-SAMPLE_S, LOOK_S = 0.006, 20.0
+SAMPLE_S, LOOK_S = 0.015, 20.0
 """Of an image and sampling step with guidance; and of an evaluation, beside its sampling."""
 METRICS = ("fid", "precision", "recall", "density", "coverage", "spectrum")
 NETWORKS: tuple[str, ...] = get_args(NetworkName)

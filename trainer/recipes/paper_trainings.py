@@ -212,7 +212,8 @@ class SmallScale:
         return 1.5 if low else 2.0
 
     def batch_size(self, low: bool) -> int:
-        return 4 if self.tiny_model else 32
+        """Of trainings after pre-training; from noise it is twice that."""
+        return 4 if self.tiny_model else 16
 
     def _run(self, training: Training, name: str, phase: PhaseConfig, *, seed: int, warmup_steps: int) -> RunConfig:
         run = small_run(
@@ -236,7 +237,7 @@ class SmallScale:
     def _from_noise(self, name: str, steps: int, low: bool) -> PhaseConfig:
         """At 2e-3, falling to the rate that trainings go on with."""
         return PhaseConfig(
-            name=name, steps=steps, resolution=self.resolutions[not low], batch_size=self.batch_size(low),
+            name=name, steps=steps, resolution=self.resolutions[not low], batch_size=2 * self.batch_size(low),
             learning_rate=2e-3, rate_schedule=RateScheduleConfig(kind="cosine", final_factor=0.25), ema_decay=0.99,
         )  # fmt: skip
 
