@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from data.batches import Batch, BatchRequest, Decode, Failure, LeftOut, ShardKey, Steps, as_it_is, unwrap
 from data.encode.stored import Stored
+from data.forkserver import start_forkserver
 from data.maker import Maker, Packed, Tasks
 from data.plan import SampleRef
 from data.reader import Dataset
 from data.slots import SlotRef
-from data.worker_processes import become_worker, cause_of, kill, start_forkserver
+from data.worker_processes import become_worker, cause_of, kill
 
 _POLL_S = 2.0
 """How often a wait for a batch looks whether the workers live."""
@@ -94,7 +95,7 @@ class Loader:
         self._num_workers, self._prefetch_steps, self._timeout_s = num_workers, prefetch_steps, timeout_s
         self._workers: list[BaseProcess] = []
         if num_workers:
-            start_forkserver()  # takes seconds, while the caller builds its model
+            start_forkserver()  # unless the caller has, before it imported torch
 
     def steps(self, first: int, end: int) -> Generator[Batch, None, None]:
         """One batch for each of the steps `first` to `end - 1`, in order.

@@ -1,9 +1,7 @@
-"""The processes that prepare batches: how they start, and that they end with their trainer."""
+"""The processes that prepare batches: how they begin, and that they end with their trainer."""
 
 import ctypes
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -13,27 +11,7 @@ from multiprocessing.process import BaseProcess
 import cv2
 import torch
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Sent to a whole job; the trainer acts on them, and needs its workers until it has saved."""
-
-
-def start_forkserver() -> None:
-    """Start the process that workers are forked from.
-
-    Forking the trainer itself is unsafe once it has threads, and a fresh interpreter for each worker would import
-    torch each time. Signals are blocked while it starts, and stay so in it: it must outlive a SIGTERM to the job. So must
-    Python's tracker of semaphores outlive SLURM's SIGUSR2, of which it knows nothing by itself.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.loader"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        multiprocessing.resource_tracker.ensure_running()
-        # again: the start of the tracker has unblocked some of them
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+from data.forkserver import SIGNALS
 
 
 def become_worker(_worker_id: int, environment: dict[str, str]) -> None:
@@ -41,9 +19,9 @@ def become_worker(_worker_id: int, environment: dict[str, str]) -> None:
     _die_with_trainer()
     os.environ.clear()
     os.environ.update(environment)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)  # 0 is OpenCV's word for none but the caller's
 

@@ -104,6 +104,8 @@ RUN, SLURM, ENVIRONMENT, CONTAINER, SEVERAL = (
 @option(RUN, "--cpu", is_flag=True, help="Ranks without GPUs.")
 @option(RUN, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
         help="Change a field of the config, such as phases.0.batch_size=64. Repeatable.")  # fmt: skip
+@option(RUN, "--profile", is_flag=True,
+        help="Trace some steps of each start: RUN/profile has a page and the trace; --set profile.num_steps=... and the like.")  # fmt: skip
 @option(RUN, "--run-dir", metavar="PATH|URL", help="The run folder.  [default: runs/NAME]", show_default=False)
 @option(RUN, "--code-dir", metavar="PATH", show_default=False,
         help="The job's copy of the code, on a disk that all nodes see.  [default: RUN/code]")  # fmt: skip
@@ -140,9 +142,9 @@ RUN, SLURM, ENVIRONMENT, CONTAINER, SEVERAL = (
         help="N more jobs, which go on one after the other where SLURM does not requeue.")  # fmt: skip
 def main(
     recipe: str, cluster: str, nodes: int, gpus_per_node: int, cpu: bool, overrides: tuple[str, ...],
-    run_dir: str | None, code_dir: str | None, includes: tuple[str, ...], fresh: bool, dry_run: bool, max_restarts: int,
-    discovery_dir: str | None, no_preflight: bool, rehearse_preemption: int | None, partition: str | None,
-    account: str | None, qos: str | None,
+    profile: bool, run_dir: str | None, code_dir: str | None, includes: tuple[str, ...], fresh: bool, dry_run: bool,
+    max_restarts: int, discovery_dir: str | None, no_preflight: bool, rehearse_preemption: int | None,
+    partition: str | None, account: str | None, qos: str | None,
     time_limit: str | None, constraint: str | None, exclude: str | None, cpus_per_task: int | None, mem: str | None,
     signal_delay_s: int, launcher: str, env: tuple[str, ...], image: str | None, container_runtime: str,
     mounts: tuple[str, ...], container_python: str, sweeps: tuple[str, ...], seeds: int | None, at_once: int | None,
@@ -155,6 +157,8 @@ def main(
     if discovery_dir:
         path = discovery_dir if "://" in discovery_dir else os.path.abspath(discovery_dir)
         overrides = (*overrides, f"metrics.discovery_dir={json.dumps(path)}")
+    if profile:
+        overrides = ("profile={}", *overrides)
     config = load_config(recipe, overrides)
     run_dir, own_code_dir = absolute_run_dir(run_dir, recipe, config)
     given = options_of(click.get_current_context())

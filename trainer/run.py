@@ -29,12 +29,14 @@ from trainer.evaluate.sampling import sample_prompts
 from trainer.evaluate.validation import Validation
 from trainer.exporter import Exporter
 from trainer.flops import StepFlops
+from trainer.garbage import GarbageCollection
 from trainer.goodput import Ledger
 from trainer.goodput_keeper import GoodputKeeper
 from trainer.parallel.apply import compile_seconds, parallelize
 from trainer.parallel.world import World, init_world
 from trainer.pictures import loss_curves, sample_grid
 from trainer.preemption import StopRequest
+from trainer.profiling import Profiler
 from trainer.progress import Progress
 from trainer.requests import RankRequests
 from trainer.run_checkpoints import checkpoints_of, snapshots_of
@@ -175,10 +177,13 @@ class Run:
             flops,
             snapshots_of(config, folder, world, digest, self.attempt),
         )
-        if world.is_main and config.metrics.sinks:
-            self.trainer.reports.sinks = Sinks(config, folder, self.exporter, self.trainer.reports.note)
         told = world, folder, self.trainer.reports, self.activity, stop
         self.images = ImageAction(images, *told) if images else None
+        self._garbage = GarbageCollection()
+        self._profiler = Profiler(config.profile, world, folder, self.trainer.reports, self.activity)
+        self.trainer.actions.after_step = self._garbage.end_step, self._profiler.end_step
+        if world.is_main and config.metrics.sinks:
+            self.trainer.reports.sinks = Sinks(config, folder, self.exporter, self.trainer.reports.note)
         self.start.lap("model")
         if watchdog and not self._loads_in_this_process():
             watchdog.never_below(_PATIENCE_WITH_DATA * config.data.timeout_s)
@@ -274,7 +279,9 @@ class Run:
             if self.images:
                 self.images.begin()
                 self.start.lap("data")
-            code = self.trainer.fit(self._make_loader)
+            with self._garbage:
+                code = self.trainer.fit(self._make_loader)
+            self._profiler.close()
             # samples and figures take longer than a step
             self.activity.doing("ending", "other")
             if code is ExitCode.DONE:

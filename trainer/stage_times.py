@@ -6,7 +6,7 @@ read, for which the host waits in any case.
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Protocol
@@ -62,6 +62,10 @@ class Counting(Protocol):
     def part(self, name: str) -> AbstractContextManager[object]: ...
 
 
+Annotate = Callable[[str], AbstractContextManager[object]]
+"""Of a stage's name."""
+
+
 class NoStages:
     """Marks that nobody reads: of a task without a trainer."""
 
@@ -78,6 +82,8 @@ class Stages(NoStages):
     def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
         self.counting: Counting | None = None
         """Counts the operations of the parts, while it is there."""
+        self._annotate: Annotate | None = None
+        self._annotation: AbstractContextManager[object] | None = None
         self._clock = clock or Clock(device)
         self._stage = OUTSIDE
         self._marks: list[tuple[str, Mark]] = []
@@ -92,9 +98,23 @@ class Stages(NoStages):
     def now(self) -> str:
         return self._stage
 
+    def annotate(self, how: Annotate | None) -> None:
+        """From now on each stage lies within a context of its own, which puts it into a trace; None: no more."""
+        self._annotate = how
+        self._mark_in_trace()
+
+    def _mark_in_trace(self) -> None:
+        if self._annotation:
+            self._annotation.__exit__(None, None, None)
+        self._annotation = self._annotate(self._stage) if self._annotate else None
+        if self._annotation:
+            self._annotation.__enter__()
+
     def enter(self, stage: str) -> None:
         """From now on, until another is entered."""
         self._stage = stage
+        if self._annotation:
+            self._mark_in_trace()
         self._marks.append((stage, self._clock.now()))
 
     def begin(self, stage: str) -> None:

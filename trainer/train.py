@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 
+from data.forkserver import start_forkserver
 from trainer.config_text import from_yaml
 from trainer.errors import ExitCode, UserError
 from trainer.preemption import StopRequest
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with open(options.config, encoding="utf-8") as file:
             config = from_yaml(file.read(), source=options.config)
+        if config.data.num_workers:
+            start_forkserver()  # which imports for seconds, as this process does now
         from trainer.run import run
 
         return run(config, RunFolder(options.run_dir), stop, StartTimes(process_age_s()))

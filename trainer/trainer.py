@@ -152,6 +152,8 @@ class Trainer:
             self._count(batch, plan, waited, watch.lap())
             self.stages.end_step()
             self.start.end("first_step")
+            for tell in self.actions.after_step:
+                tell(self.progress.step)
             waited = 0.0
             if self._roll_back_due:
                 return None

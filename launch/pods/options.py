@@ -36,6 +36,7 @@ OPTIONS = [
     click.option("--cpu", is_flag=True, help="Ranks without GPUs."),
     click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE",
                  help="Change a field of the config, such as phases.0.batch_size=64. Repeatable."),
+    click.option("--profile", is_flag=True, help="Trace some steps of each start, into the run folder's profile/."),
     click.option("--name", help="Of the job.  [default: the config's name]", show_default=False),
     click.option(
         "--max-restarts", default=5, help="Crashes that are answered by a restart, in 24 hours of training; not preemptions."
@@ -84,7 +85,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def spec_of(
-    recipe: str, run_dir: str | None, overrides: tuple[str, ...], name: str | None, tolerations: tuple[str, ...],
+    recipe: str, run_dir: str | None, overrides: tuple[str, ...], profile: bool, name: str | None, tolerations: tuple[str, ...],
     node_selectors: tuple[str, ...], annotations: tuple[str, ...], volumes: tuple[str, ...], secrets: tuple[str, ...],
     secret_mounts: tuple[str, ...], env: tuple[str, ...], mem: str | None, shm: str, scratch: str, resources: tuple[str, ...],
     metrics_port: int, no_preflight: bool, **rest: Any,
@@ -94,7 +95,7 @@ def spec_of(
     Raises:
         UserError: anything that can be refused from here.
     """
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, ("profile={}", *overrides) if profile else overrides)
     config = with_overrides(config, ["metrics.bind_address=0.0.0.0", f"metrics.port={metrics_port}"])
     scratch = quantity("--scratch", scratch)
     if config.data.cache_gib is None and caches_in_scratch(config):

@@ -16,7 +16,7 @@ from launch.slurm_job.options import whole_path
 from trainer.errors import UserError
 from trainer.run_folder import CONFIG, OtherConfig, RunFolder
 
-NOT_AGAIN = frozenset({"recipe", "overrides", "run_dir", "fresh", "dry_run", "rehearse_preemption"})
+NOT_AGAIN = frozenset({"recipe", "overrides", "run_dir", "fresh", "dry_run", "rehearse_preemption", "profile"})
 """Of the submission: what config.yaml and the folder itself say, and what was meant for one time."""
 NOT_ONE_RUN = {"sweeps": "--array", "seeds": "--seeds", "at_once": "--at-once"}
 FOR_ALL = (FIRST,)
@@ -83,6 +83,7 @@ def resume(roots: tuple[str, ...], run: str, options: tuple[str, ...]) -> int:
     Examples:
       loupe runs resume demo
       loupe runs resume first --nodes 4 --time 12:00:00
+      loupe runs resume first --profile
       loupe runs resume first --dry-run
     """
     folder = find_run(run, roots)

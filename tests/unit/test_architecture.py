@@ -42,6 +42,7 @@ ALLOWED = {
         "data.epochs",
         "data.buckets",
         "data.batches",
+        "data.forkserver",
         "data.loader",
         "data.reader",
         "data.images",

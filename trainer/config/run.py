@@ -22,6 +22,7 @@ from trainer.config.training import (
     OptimConfig,
     ParallelConfig,
     PhaseConfig,
+    ProfileConfig,
     PromptAccuracyConfig,
     ReconstructionsConfig,
     SamplesConfig,
@@ -56,6 +57,8 @@ class RunConfig(Section):
     """Loss at fixed noise levels; latent diffusion only."""
     image_evaluation: ImageEvaluationConfig | None = None
     """FID and its like, of pictures that are drawn at intervals; latent diffusion only."""
+    profile: ProfileConfig | None = None
+    """Where the time of a step goes, operation by operation."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "RunConfig":
@@ -238,7 +241,7 @@ def _check_autoencoder(task: AutoencoderConfig, phases: tuple[PhaseConfig, ...])
 
 REPORTING = (
     "metrics", "samples", "checkpoint", "prompt_accuracy", "reconstructions", "validation", "image_evaluation", "name",
-    "watchdog",
+    "watchdog", "profile",
 )  # fmt: skip
 NO_NUMBERS = {
     "data": (
@@ -354,7 +357,8 @@ def check_sinks(config: RunConfig) -> None:
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Every phase's batch must divide over ranks and micro-batches, and the ranks over the replicas.
+    """Every phase's batch must divide over ranks and micro-batches, and the ranks over the replicas; ranks that are named must
+    be there.
 
     Raises:
         UserError: naming the phase and the numbers.
@@ -364,6 +368,8 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"parallel.replicas: {replicas} copies of the model, but {world_size} ranks are no multiple of it"
         )
+    if config.profile and (beyond := [rank for rank in config.profile.ranks if rank >= world_size]):
+        raise UserError(f"profile.ranks: {beyond[0]}, and there are ranks 0 to {world_size - 1}")
     for phase in config.phases:
         per_rank, rest = divmod(phase.batch_size, world_size)
         if rest:

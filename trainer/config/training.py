@@ -344,6 +344,17 @@ class ValidationConfig(Section):
     """Images of one forward pass. Values depend on it by rounding, and not on the number of ranks."""
 
 
+class ProfileConfig(Section):
+    """A trace of a few steps of each start, and a page that sums it up, in the run's folder `profile`."""
+
+    after_steps: PositiveInt = 10
+    """Of this start, so that compiling and filling caches are over."""
+    num_steps: Annotated[int, Field(ge=1, le=100)] = 5
+    """A trace has some MB a step."""
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Which write one."""
+
+
 class PromptAccuracyConfig(Section):
     """Final check that prompts are obeyed: is the prompted image among the nearest training images, by latents?"""
 
