@@ -1,5 +1,6 @@
-"""The optimizer: its update that the device may refuse, how far an update moves, and its state as named tensors."""
+"""The optimizer: its update that the device may refuse, the gradients' norm, how far an update moves, and its state as named tensors."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,10 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.config import OptimConfig
 from trainer.models.parameter_groups import parameter_groups
-from trainer.tensors import full, locals_of
+from trainer.tensors import local, locals_of
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,57 @@ def _make_state(part: torch.optim.Optimizer, fused: bool) -> None:
         }
 
 
-def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
-    """Scale gradients to a global norm of at most `max_norm`; returns the norm before, the same on every rank."""
-    return full(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)).detach()
+def squared_gradient_norm(module: nn.Module) -> Tensor:
+    """This rank's share: those of all ranks add up to the square of the global norm. float64, on the device."""
+    by_copies: dict[int, list[Tensor]] = {}
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            by_copies.setdefault(_copies(parameter.grad), []).append(local(parameter.grad))
+    squares = [_sum_of_squares(gradients) / copies for copies, gradients in by_copies.items()]
+    return torch.stack(squares).sum()
 
 
-def step(optimizer: Optimizer, learning_rate: float, skip: Tensor) -> None:
-    """One update, except where `skip` is 1.0: then weights, moments and the step count stay as they are.
+def _copies(tensor: Tensor) -> int:
+    """Ranks that hold the same part."""
+    if not isinstance(tensor, DTensor):
+        return _num_ranks()
+    placed = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in placed if placement.is_replicate())
 
-    AdamW's fused kernels read the flag on the device (it is the gradient scaler's `found_inf`), so the host never waits;
-    for the others it does.
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Of all gradients together, float32, the same on every rank. A collective."""
+    squares = squared_gradient_norm(module)
+    if _num_ranks() > 1:
+        dist.all_reduce(squares)
+    return squares.sqrt().float()
+
+
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
+    """By which gradients of this norm come to one of at most `max_norm`: 1 or more, NaN where the norm is."""
+    return (norm / max_norm).clamp(min=1.0)
+
+
+def step(optimizer: Optimizer, learning_rate: float, skip: Tensor, divisor: Tensor | None = None) -> None:
+    """One update with the gradients, over `divisor` where there is one, except where `skip` is 1.0: then weights, moments and the step count stay
+    as they are.
+
+    AdamW's fused kernels read both on the device, in their one pass over the gradients (they are the gradient scaler's
+    `found_inf` and `grad_scale`), so the host never waits; for the others it does.
     """
     refused = False if optimizer.reads_flag else bool(skip.item())
     for part in optimizer.parts:
         for group in part.param_groups:
             group["lr"] = learning_rate
         if optimizer.reads_flag:
-            part.found_inf = skip  # type: ignore[attr-defined]
-            part.grad_scale = None  # type: ignore[attr-defined]
+            part.found_inf, part.grad_scale = skip, divisor  # type: ignore[attr-defined]
+        elif divisor is not None and not refused:
+            gradients = [p.grad for group in part.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_([*map(local, gradients)], divisor)
         if not refused:
             part.step()
         part.zero_grad(set_to_none=True)

@@ -199,14 +199,16 @@ class Trainer:
                 terms.append(self.task.forward_backward(micro, plan, scale=1.0 / len(batch.captions)))
         terms_B = {name: torch.cat([t[name] for t in terms]) for name in terms[0]}
         self.stages.enter("optimizer")
-        norm = optim.clip_gradients(module, config.optim.max_grad_norm)
         if self.spikes and (plan.begins_phase or another_loss):
             self.spikes.begin_phase()
-        skip, spike, loss = self._judge(terms_B["loss"], norm, self.task.own_gradient_norm(plan))
+        skip, spike, loss, norm = self._judge(
+            terms_B["loss"], optim.squared_gradient_norm(module), self.task.own_gradient_norm(plan)
+        )
+        divisor = optim.clip_divisor(norm, config.optim.max_grad_norm)
         self.stragglers.own.open()
         self.ema.wait_for_copy()
         with self.update_ratio.measured(self._report_is_due(plan)):
-            optim.step(self.optimizer, plan.learning_rate, skip)
+            optim.step(self.optimizer, plan.learning_rate, skip, divisor)
         # before the average, which is of the weights as the step leaves them: a task may move some of them itself
         self.task.end_step(plan, 1.0 - skip)
         warm = plan.step >= config.ema.start_step
@@ -218,17 +220,21 @@ class Trainer:
         self._resolve_pending()
         self._pending = Verdict(plan.step, Readback(skip, spike, recent, norm), batch.keys, terms_B["loss"])
 
-    def _judge(self, loss_B: Tensor, norm: Tensor, tasks_norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(skip, spike, loss): 1.0 on every rank where the step must not count, and the global batch's mean loss."""
+    def _judge(
+        self, loss_B: Tensor, squared_norm: Tensor, tasks_norm: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(skip, spike, loss, norm): 1.0 on every rank where the step must not count, the global batch's mean loss, and the
+        gradients' global norm. `squared_norm`: this rank's share of its square."""
         # a loss may be non-finite on one rank and its gradient finite
-        unfit = ~(norm.isfinite() & loss_B.isfinite().all())
+        unfit = ~loss_B.isfinite().all()
         if tasks_norm is not None:
             unfit = unfit | ~tasks_norm.isfinite()
-        sums = torch.stack([unfit.double(), loss_B.double().sum()])
-        dist.all_reduce(sums)
-        loss = sums[1] / (loss_B.numel() * self.world.size)
+        sums = torch.stack([unfit.double(), loss_B.double().sum(), squared_norm])
+        if self.world.size > 1:
+            dist.all_reduce(sums)  # one for all three: the device waits for each
+        loss, norm = sums[1] / (loss_B.numel() * self.world.size), sums[2].sqrt().float()
         spike = self.spikes.judge(loss, norm) if self.spikes else torch.zeros_like(norm)
-        return ((sums[0] > 0) | (spike > 0)).float(), spike, loss
+        return ((sums[0] > 0) | ~norm.isfinite() | (spike > 0)).float(), spike, loss, norm
 
     def _resolve_pending(self) -> None:
         """Read the flags of the step before, one step late, so the host never waits for the step it has just queued."""

@@ -99,8 +99,8 @@ class Steps:
         terms = self.task.forward_backward(self.batch, plan, 1.0 / self.batch_size)
         self.task.own_gradient_norm(plan)
         found = self._gradients(terms.get("adaptive_weight", torch.zeros(1))[0])
-        optim.clip_gradients(self.task.module, self.run.optim.max_grad_norm)
-        optim.step(self.optimizer, 0.0, self.not_skipped)
+        divisor = optim.clip_divisor(optim.gradient_norm(self.task.module), self.run.optim.max_grad_norm)
+        optim.step(self.optimizer, 0.0, self.not_skipped, divisor)
         self.task.end_step(plan, 1.0 - self.not_skipped)
         return found
 
@@ -127,8 +127,8 @@ class Steps:
             loss = nll + config.kl_weight * kl + config.discriminator.weight * weight * generator
         loss.backward()
         of_autoencoder = _flat(module)
-        optim.clip_gradients(module, self.run.optim.max_grad_norm)
-        optim.step(self.optimizer, 0.0, self.not_skipped)
+        divisor = optim.clip_divisor(optim.gradient_norm(module), self.run.optim.max_grad_norm)
+        optim.step(self.optimizer, 0.0, self.not_skipped, divisor)
         with no_gradient_for(module), autocast(self.device):
             fake = discriminator(module(images, noise).x.float().detach())
             judged_B = discriminator_loss(discriminator(images), fake, config.discriminator.loss)

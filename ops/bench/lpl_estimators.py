@@ -166,8 +166,8 @@ def train(task: LatentDiffusionTask, images: Images, config: RunConfig) -> float
                             begins_phase=False, ends_phase=False)  # fmt: skip
             batch = images.batch(range(32 * step, 32 * step + 32), step, resolution)
             last.append(task.forward_backward(batch, plan, 1 / 32)["denoising"].mean())
-            optim.clip_gradients(task.module, config.optim.max_grad_norm)
-            optim.step(optimizer, min(1.0, (step + 1) / 20) * 2e-3, torch.zeros((), device=last[-1].device))
+            divisor = optim.clip_divisor(optim.gradient_norm(task.module), config.optim.max_grad_norm)
+            optim.step(optimizer, min(1.0, (step + 1) / 20) * 2e-3, torch.zeros((), device=last[-1].device), divisor)
             step += 1
     return torch.stack(last[-10:]).mean().item()
 

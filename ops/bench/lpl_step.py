@@ -80,10 +80,10 @@ class Steps:
         assert self._optimizer is not None
         begin_micro_batch(self.task.module, last=True, keep_gathered=self.config.parallel.keep_gathered)
         loss_B = self.forward_backward(loss, resolution, batch_size)
-        norm = optim.clip_gradients(self.task.module, self.config.optim.max_grad_norm)
+        norm = optim.gradient_norm(self.task.module)
         skip = (~(norm.isfinite() & loss_B.isfinite().all())).float()
         self._ema.wait_for_copy()
-        optim.step(self._optimizer, 0.0, skip)
+        optim.step(self._optimizer, 0.0, skip, optim.clip_divisor(norm, self.config.optim.max_grad_norm))
         self._ema.update(self.config.phases[-1].ema_decay, skip)
 
 

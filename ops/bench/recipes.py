@@ -226,10 +226,10 @@ def measure(
     def step() -> Tensor:
         begin_micro_batch(task.module, last=True, keep_gathered=config.parallel.keep_gathered)
         terms = task.forward_backward(batch, plan, 1.0 / micro_batch)
-        norm = optim.clip_gradients(task.module, config.optim.max_grad_norm)
+        norm = optim.gradient_norm(task.module)
         skip = (~(norm.isfinite() & terms["loss"].isfinite().all())).float()
         ema.wait_for_copy()
-        optim.step(optimizer, phase.learning_rate, skip)
+        optim.step(optimizer, phase.learning_rate, skip, optim.clip_divisor(norm, config.optim.max_grad_norm))
         ema.update(phase.ema_decay, skip)
         return terms["loss"].mean()
 

@@ -85,7 +85,7 @@ def soak(steps: int, folder: str, overrides: tuple[str, ...] = ()) -> list[Held]
     class OneBatch:
         def steps(self, first: int, end: int) -> Iterator[Any]:
             for step in range(first, end):
-                if step % max(1, steps // PARTS) == 0:
+                if step % max(1, steps // PARTS) == 0 or step == steps - 1:
                     held.append(Held.now(step))
                 yield changed(batch, step=step)
 
@@ -102,7 +102,6 @@ def soak(steps: int, folder: str, overrides: tuple[str, ...] = ()) -> list[Held]
         runs.run(config, RunFolder(folder), StopRequest(), StartTimes())
     finally:
         runs.TASKS[kind], runs.Run._make_loader = of_kind, make  # type: ignore[method-assign]
-    held.append(Held.now(steps))
     return held
 
 

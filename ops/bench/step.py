@@ -88,9 +88,9 @@ class Ours:
         self.task.begin_step(plan)
         begin_micro_batch(self.task.module, last=True, keep_gathered=self.config.parallel.keep_gathered)
         loss_B = self.task.forward_backward(batch, plan, 1.0 / len(batch.keys))["loss"]
-        norm = optim.clip_gradients(self.task.module, self.config.optim.max_grad_norm)
+        norm = optim.gradient_norm(self.task.module)
         skip = (~(norm.isfinite() & loss_B.isfinite().all())).float()
-        optim.step(self._optimizer, RATE, skip)
+        optim.step(self._optimizer, RATE, skip, optim.clip_divisor(norm, self.config.optim.max_grad_norm))
         self._ema.update(self.phase.ema_decay, skip)
         return loss_B.mean()
 

@@ -44,8 +44,8 @@ def parts(world: World) -> dict[str, Any]:
 
     def step(i: int, flag: torch.Tensor, poison: bool = False) -> torch.Tensor:
         backward(module, i, poison)
-        norm = optim.clip_gradients(module, 1.0)
-        optim.step(optimizer, 1e-2, flag)
+        norm = optim.gradient_norm(module)
+        optim.step(optimizer, 1e-2, flag, optim.clip_divisor(norm, 1.0))
         ema.update(0.9, flag)
         return norm
 

@@ -58,8 +58,8 @@ def steps(device: torch.device, name: Precision, config: RunConfig | None = None
             Step(plan.phase.name, means(expected), means(got), cosine.item(), ((a - b).norm() / a.norm()).item())
         )
         measured.module.zero_grad(set_to_none=True)
-        optim.clip_gradients(reference.module, config.optim.max_grad_norm)
-        optim.step(optimizer, plan.learning_rate, torch.zeros(()))
+        divisor = optim.clip_divisor(optim.gradient_norm(reference.module), config.optim.max_grad_norm)
+        optim.step(optimizer, plan.learning_rate, torch.zeros(()), divisor)
     loader.close()
     return out
 

@@ -9,20 +9,20 @@ class Agreement:
     it. All ranks read the same reduction, so all act at the same step."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self._group, self._size = group, dist.get_world_size(group)
         self._work: dist.Work | None = None
         self._names: tuple[str, ...] = ()
         self._flags = torch.zeros(0)
 
     def poll(self, **raised: bool) -> frozenset[str]:
         """Names of the flags that were raised anywhere, one call ago. Every rank gives the same names, always."""
-        agreed: frozenset[str] = frozenset()
         if self._work is not None:
             self._work.wait()
-            agreed = frozenset(name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag)
+        agreed = frozenset(name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag)
         self._names = tuple(raised)
         self._flags = torch.tensor([float(flag) for flag in raised.values()])
-        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if self._size > 1:
+            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def close(self) -> None:

@@ -85,7 +85,12 @@ def compile_seconds() -> float:
 
 
 def apply_fsdp(module: nn.Module, units: Sequence[nn.Module], world: World, *, reshard_after_forward: bool) -> None:
-    """FSDP2: float32 parameters sharded over `world.mesh`. bf16 is the autocast's business: master weights stay float32."""
+    """FSDP2: float32 parameters sharded over `world.mesh`. bf16 is the autocast's business: master weights stay float32.
+
+    One rank has nothing to share: its parameters would be gathered from itself, into a second copy.
+    """
+    if world.size == 1:
+        return
     for unit in units:
         fully_shard(unit, mesh=world.mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(module, mesh=world.mesh)  # the root's own parameters stay gathered: backward needs them at once
@@ -94,7 +99,8 @@ def apply_fsdp(module: nn.Module, units: Sequence[nn.Module], world: World, *, r
 def begin_micro_batch(module: nn.Module, *, last: bool, keep_gathered: bool) -> None:
     """Before each micro-batch of a step: gradients are reduced after the last alone, and with `keep_gathered` parameters
     stay gathered until then."""
-    assert isinstance(module, FSDPModule)
+    if not isinstance(module, FSDPModule):  # one rank
+        return
     module.set_requires_gradient_sync(last)
     if keep_gathered:
         module.set_reshard_after_backward(last)
