@@ -105,7 +105,7 @@ RUN, SLURM, ENVIRONMENT, CONTAINER, SEVERAL = (
 @option(RUN, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
         help="Change a field of the config, such as phases.0.batch_size=64. Repeatable.")  # fmt: skip
 @option(RUN, "--profile", is_flag=True,
-        help="Trace some steps of each start: RUN/profile has a page and the trace; --set profile.num_steps=... and the like.")  # fmt: skip
+        help="Trace some steps of each start: RUN/profile gets a page and the trace.")  # fmt: skip
 @option(RUN, "--run-dir", metavar="PATH|URL", help="The run folder.  [default: runs/NAME]", show_default=False)
 @option(RUN, "--code-dir", metavar="PATH", show_default=False,
         help="The job's copy of the code, on a disk that all nodes see.  [default: RUN/code]")  # fmt: skip

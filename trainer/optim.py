@@ -1,4 +1,5 @@
-"""The optimizer: its update that the device may refuse, the gradients' norm, how far an update moves, and its state as named tensors."""
+"""The optimizer: its update that the device may refuse, the gradients' norm, how far an update moves, and its state as
+named tensors."""
 
 import math
 from collections.abc import Iterator
@@ -98,8 +99,8 @@ def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def step(optimizer: Optimizer, learning_rate: float, skip: Tensor, divisor: Tensor | None = None) -> None:
-    """One update with the gradients, over `divisor` where there is one, except where `skip` is 1.0: then weights, moments and the step count stay
-    as they are.
+    """One update with the gradients, over `divisor` where there is one; except where `skip` is 1.0: then weights, moments and
+    the step count stay as they are.
 
     AdamW's fused kernels read both on the device, in their one pass over the gradients (they are the gradient scaler's
     `found_inf` and `grad_scale`), so the host never waits; for the others it does.

@@ -109,7 +109,7 @@ def summarise(spans: Sequence[Span], window: Interval, num_steps: int) -> Summar
     for span in inside:
         if span.kind == "stage":
             stages[span.name] += (span.end - span.begin) * per_step
-        elif span.kind == "communication" or (span.kind == "device") == on_device and span.kind != "wait":
+        elif span.kind == "communication" or ((span.kind == "device") == on_device and span.kind != "wait"):
             totals[span.name].append(span.end - span.begin if span.kind == "communication" else span.own)
     operations = [Operation(name, len(own) / num_steps, sum(own) * per_step) for name, own in totals.items()]
     duration = window[1] - window[0]

@@ -2,7 +2,7 @@
 
     python -m ops.bench.soak [--steps 10000] [--ranks 1] [--profile]
 
-Everything is the trainer's own: run folder, metrics and their endpoint, watchdog, the agreement on stops and bad data, clipping,
+Everything is the trainer's own: run folder, metrics and their endpoint, watchdog, agreement on stops and bad data, clipping,
 optimizer, average, reports every 10 steps. Only the task (one weight, no loss) and the loader (one batch, always the same) are
 stand-ins. Printed are processor and wall time a step, and as shares of a step of 100 ms; and of each tenth of the run what the
 process holds: resident memory, Python's objects, open files, threads. `--profile` takes turns with and without `profile` of
@@ -161,14 +161,14 @@ def processor_ms(held: list[Held]) -> float:
 
 def tell(held: list[Held]) -> None:
     print(
-        f"{'step':>8s} {'resident MiB':>13s} {'objects':>9s} {'files':>6s} {'threads':>8s} {'wall ms':>8s} {'processor ms':>13s}"
+        f"{'step':>8s} {'resident MiB':>13s} {'objects':>9s} {'files':>6s} {'threads':>8s} {'wall ms':>8s} {'processor':>10s}"
     )
     for i, now in enumerate(held):
         line = f"{now.step:8d} {now.resident_mib:13.1f} {now.objects:9d} {now.files:6d} {now.threads:8d}"
         if i:
             before = held[i - 1]
             ms = 1e3 / (now.step - before.step)
-            line += f" {ms * (now.wall_s - before.wall_s):8.3f} {ms * (now.processor_s - before.processor_s):13.3f}"
+            line += f" {ms * (now.wall_s - before.wall_s):8.3f} {ms * (now.processor_s - before.processor_s):10.3f}"
         print(line)
 
 

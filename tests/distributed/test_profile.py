@@ -39,9 +39,10 @@ def test_the_named_rank_writes_what_its_steps_did_and_losses_stay(tmp_path: Path
     assert page.startswith("# Steps 4 to 5, rank 1 of 2\n")
     for line in ("| communication |", "| forward |", "`aten::addmm`", "`gloo:"):
         assert line in page
-    assert '"note": "profile: none, as this start took 8 steps and its window ends after 35' in (
-        tmp_path / "short/metrics/0000.jsonl"
-    ).read_text()
+    assert (
+        '"note": "profile: none, as this start took 8 steps and its window ends after 35'
+        in (tmp_path / "short/metrics/0000.jsonl").read_text()
+    )
 
 
 def test_a_run_that_goes_on_may_be_traced_and_ranks_must_be_there() -> None:

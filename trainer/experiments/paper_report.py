@@ -110,9 +110,9 @@ def _size(results: PaperResults) -> str:
     return (
         f"a small size, two CPU cores:{smoke} the demo's MMDiT, autoencoder and 3-D emoji at {scale.resolutions[1]} px, "
         f"{scale.pretrain_steps:,} steps of pre-training, then {scale.steps} steps of {scale.batch_size(low=False)} images "
-        f"with and without the loss; {seeds}, which share the pre-training. w_LPL is {scale.weight('ddpm_eps'):g} for DDPM-eps and "
-        f"{scale.weight('flow'):g} for the others where nothing else is said: about the paper's fifth of the loss. "
-        f"{scale.num_images} pictures "
+        f"with and without the loss; {seeds}, which share the pre-training. w_LPL is {scale.weight('ddpm_eps'):g} for "
+        f"DDPM-eps and {scale.weight('flow'):g} for the others where nothing else is said: about the paper's fifth of the "
+        f"loss. {scale.num_images} pictures "
         f"({scale.sampling_steps} steps, guidance {scale.guidance(False):g}) against as many real ones; distances are of "
         f"{network}'s features{'' if results.is_fid else ', **not FID**: comparable within this page alone'}."
     )

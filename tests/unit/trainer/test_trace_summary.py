@@ -1,13 +1,14 @@
 """What a trace says: idle time, exposed communication, costs by operation."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from trainer.trace_summary import Interval, Span, length, page, summarise, union, without
 
 
-def points(intervals: list[Interval]) -> set[int]:
+def points(intervals: Sequence[Interval]) -> set[int]:
     return {x for begin, end in intervals for x in range(int(begin), int(end))}
 
 
