@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.commands.runs import run_or_checkpoint
 from launch.runs.text import moment, printable, size
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.errors import UserError
 from trainer.run_folder import CHECKPOINTS
+from trainer.run_names import run_or_checkpoint
 
 if TYPE_CHECKING:
     from trainer.checkpoint.folder import CheckpointFolder, Entry
@@ -49,7 +49,8 @@ def checkpoint() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One object a checkpoint, in a list.")
 def list_checkpoints(run: str, roots: tuple[str, ...], as_json: bool) -> None:
     """A table of RUN's checkpoints: step, time, size, whether it is complete, and whether its records and the sizes of its
-    files are as they were written. `verify` reads the tensors, too."""
+    files are as they were written. `verify` reads the tensors, too. `saved` is when the storage last wrote its COMMIT file:
+    a checkpoint itself holds no time, so of a copy it may be the copy's."""
     folder, only = _folder(run, roots)
     rows = [_row(folder, listed) for listed in _survey(folder, only)]
     if as_json:
@@ -347,9 +348,9 @@ def _refuse(
 
 def _live(run: str, roots: tuple[str, ...]) -> str | None:
     """What has the run now; None: nothing, as far as can be told from here."""
-    from launch.runs.find import open_folder
     from launch.runs.read import read_facts
     from launch.runs.state import state_of
+    from trainer.run_names import open_folder
 
     url = run_or_checkpoint(run, roots)
     above, _, _ = url.rpartition("/")

@@ -50,9 +50,9 @@ def ema(
       loupe ema runs/first --sigma-rel 0.08 --out first-0.08.safetensors
       loupe ema s3://bucket/runs/first --sigma-rel 0.12 --at 400000 --out s3://bucket/weights/first-0.12.safetensors
     """
-    from launch.runs.find import find_run
     from trainer.errors import UserError
     from trainer.posthoc_ema import StoredAverages
+    from trainer.run_names import find_run
 
     if sweep is not None and (width is not None or out is not None):
         raise UserError("--sweep: writes nothing; leave out --sigma-rel and --out")

@@ -79,7 +79,7 @@ def export(run: str, out: str, roots: tuple[str, ...], form: str, dtype: str, pu
       loupe export runs/my-autoencoder exports/my-autoencoder
       loupe export runs/light-decoder exports/light-decoder --scale-of models/sd-vae
     """
-    from launch.commands.runs import run_or_checkpoint
+    from trainer.run_names import run_or_checkpoint
 
     source = run_or_checkpoint(run, roots)
     _check(source, form, options)  # before what takes seconds to import
@@ -129,6 +129,7 @@ def _folder(source: str, out: str, dtype: str, options: dict[str, Any]) -> None:
     from trainer.config import LatentDiffusionConfig
     from trainer.export.latent_diffusion import export_latent_diffusion
     from trainer.export.run import export_run, usage
+    from trainer.sampling.job import pictures
     from trainer.sampling.source import opened
 
     kind, task = getattr(torch, dtype), opened(source).config.task
@@ -147,7 +148,7 @@ def _folder(source: str, out: str, dtype: str, options: dict[str, Any]) -> None:
     parity = done.parity
     click.echo(f"{out}: {which}, step {done.step}")
     click.echo(
-        f"diffusers drew {parity.pictures} pictures of {parity.settings.steps} steps as the run does: largest difference "
+        f"diffusers drew {pictures(parity.pictures)} of {parity.settings.steps} steps as the run does: largest difference "
         f"{parity.largest}/255, {parity.differing:.3%} of the values differ"
     )
     for note in done.notes:

@@ -45,12 +45,12 @@ def gallery(
         raise UserError(
             f"--weights: given {len(weights)} times for {len(sources)} runs; give it once, or once for each"
         )
-    from launch.runs.find import find_run
     from trainer.checkpoint.folder import NAME
     from trainer.evaluate.codec_report import choose_device
     from trainer.gallery.gallery import Gallery
     from trainer.gallery.live_run import LiveRun
     from trainer.gallery.server import is_loopback, listening, server_of
+    from trainer.run_names import run_or_checkpoint
 
     place, loopback = choose_device(device), is_loopback(host)
     with listening(host, port) as found:
@@ -61,7 +61,7 @@ def gallery(
         runs = []
         for number, source in enumerate(sources):
             named = source.rstrip("/")
-            url = named if NAME.fullmatch(named.rpartition("/")[2]) else find_run(named, roots).url
+            url = named if NAME.fullmatch(named.rpartition("/")[2]) else run_or_checkpoint(named, roots)
             runs.append(LiveRun(url, place, weights=weights[number % len(weights)]))
             click.echo(runs[-1].title)
         name = f"[{host}]" if ":" in host else host

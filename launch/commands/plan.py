@@ -1,6 +1,7 @@
 """`loupe plan`: what a run needs and takes, before anything is queued."""
 
 import json
+import os
 
 import click
 
@@ -9,7 +10,8 @@ import click
 @click.argument("recipe")
 @click.option("--gpus", type=click.IntRange(1, 65536), required=True, help="GPUs of the job.")
 @click.option("--gpu", "kind", required=True, metavar="h100|h200|a100|b200", help="Which.")
-@click.option("--gpus-per-node", type=click.IntRange(1, 72), default=8, help="That NVLink connects.")
+@click.option("--gpus-per-node", type=click.IntRange(1, 72), default=8, help="That NVLink connects; of several nodes each has "
+              "so many.")  # fmt: skip
 @click.option("--network", metavar="GBIT", show_default=False,
               help="A GPU's share of the network between nodes, in Gbit/s.  [default: what is usual for the GPU]")  # fmt: skip
 @click.option(
@@ -21,9 +23,9 @@ def plan(
     recipe: str, gpus: int, kind: str, gpus_per_node: int, network: str | None, price_per_gpu_hour: float | None,
     overrides: tuple[str, ...], as_json: bool,
 ) -> int:  # fmt: skip
-    """Say what RECIPE, a recipe or a config.yaml, needs on these GPUs: memory by part, FLOPs, time of a step, MFU, images/s,
-    loader, checkpoints, days and cost of each phase. Picks the sharding, recomputation and micro-batch that fit and are
-    fastest by its reckoning.
+    """Say what RECIPE, a recipe, a run's folder or a config.yaml, needs on these GPUs: memory by part, FLOPs, time of a step,
+    MFU, images/s, loader, checkpoints, days and cost of each phase. Picks the sharding, recomputation and micro-batch that
+    fit and are fastest by its reckoning.
 
     Nothing is allocated, read or queued, and no GPU is needed; what is not there of the recipe's frozen networks is taken
     for the published ones. Ends with 1 where a phase does not fit. docs/scaling.md says what is assumed.
@@ -33,14 +35,14 @@ def plan(
       loupe plan sd3_medium_512 --gpus 64 --gpu h100
       loupe plan imagenet_512_lpl --gpus 32 --gpu h200 --network 200 --price-per-gpu-hour 2.5
       loupe plan finetune --gpus 8 --gpu a100 --set phases.0.batch_size=64
-      loupe plan runs/first/config.yaml --gpus 128 --gpu b200 --json
+      loupe plan runs/first --gpus 128 --gpu b200 --json
     """
     from launch.job import load_config
     from trainer.plan.hardware import Cluster, find_gpu, network_gbit
 
     gpu = find_gpu(kind)
     cluster = Cluster(gpu, gpus, gpus_per_node, network_gbit(network) if network else gpu.nic_gbit_per_s)
-    config = load_config(recipe, overrides)
+    config = load_config(_config_file(recipe), overrides)
 
     from trainer.plan.choose import check_batches, make_plan
     from trainer.plan.recipe import count_recipe
@@ -55,3 +57,13 @@ def plan(
 
         show(made, Console())
     return 0 if made.fits else 1
+
+
+def _config_file(recipe: str) -> str:
+    """Of a run's folder, its config.yaml."""
+    from trainer.recipes import RECIPES
+    from trainer.run_folder import CONFIG
+
+    if recipe in RECIPES or recipe.endswith((".yaml", ".yml")) or not ("://" in recipe or os.path.isdir(recipe)):
+        return recipe
+    return f"{recipe.rstrip('/')}/{CONFIG}"

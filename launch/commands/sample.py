@@ -68,7 +68,7 @@ def sample(
       torchrun --nproc-per-node 8 -m launch.cli sample s3://b/runs/first --prompts coco.jsonl --out coco
       loupe job --array 4 --gpus-per-task 1 -- loupe sample runs/first --prompts coco.jsonl --out coco --part array
     """
-    from launch.commands.runs import run_or_checkpoint
+    from trainer.run_names import run_or_checkpoint
     from trainer.sampling.options import Options
 
     # before what takes seconds to import

@@ -63,7 +63,8 @@ def serve(roots: tuple[str, ...], bind: str, port: int, every_s: float, fresh_s:
     """
     from launch.discovery.live import LiveRuns
     from launch.discovery.server import PATH, DiscoveryServer, Looker
-    from launch.runs.find import folders_in, roots_of
+    from launch.runs.find import folders_in
+    from trainer.run_names import roots_of
 
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -106,7 +107,7 @@ def show(run: str | None, roots: tuple[str, ...], discovery_dir: str | None, kin
 
     targets = []
     if run is not None:
-        from launch.runs.find import find_run
+        from trainer.run_names import find_run
 
         folder = find_run(run, roots)
         targets = _targets(folder.url)

@@ -13,6 +13,8 @@ from launch.experiments.jobs import (
     START_S,
     check_plan,
     claim,
+    counted,
+    estimate,
     export,
     run_and_report,
     run_module,
@@ -173,11 +175,11 @@ def _tell_plan(
         steps, cores = sum(phase.steps for phase in config.phases), config.parallel.num_threads
         seconds = _training_s(variant, config, size)
         total += (seconds + _evaluating_s(size)) * min(cores, workers)
-        click.echo(f"{variant.name:<18} {steps:>5} steps  about {seconds / 60:4.1f} min on {cores} core(s)")
+        click.echo(f"{variant.name:<18} {steps:>5} steps  about {seconds / 60:4.1f} min on {counted(cores, 'core')}")
     for name, why in left_out.items():
         click.echo(f"{name:<18} left out: {why}")
     total += (len(BASELINES) + 3) * _evaluating_s(size)
-    click.echo(f"{len(variants)} runs, about {total / 60 / workers:.0f} minutes on {workers} core(s)")
+    click.echo(estimate(len(variants), total, workers))
     return 0
 
 

@@ -55,6 +55,19 @@ def tell_missing(given: Mapping[str, str | None]) -> None:
         click.echo(f"to start them, give {' and '.join(missing)}")
 
 
+def estimate(runs: int, seconds: float, workers: int) -> str:
+    """`3 runs, about 1 minute on 2 cores`; `seconds`: of all runs, one after the other."""
+    return f"{counted(runs, 'run')}, {how_long(seconds, workers)}"
+
+
+def how_long(seconds: float, workers: int) -> str:
+    return f"about {counted(max(1, round(seconds / 60 / workers)), 'minute')} on {counted(workers, 'core')}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def run_module(module: str, *arguments: str) -> int:
     """In a process of its own, from this code whatever lies in the current folder."""
     environment = {**os.environ, "PYTHONPATH": str(CODE_ROOT), "PYTHONSAFEPATH": "1"}

@@ -13,6 +13,7 @@ from launch.experiments.jobs import (
     START_S,
     claim,
     config_file,
+    estimate,
     export,
     file_option,
     run_and_report,
@@ -169,7 +170,7 @@ def _tell_plan(runs: Sequence[PlannedRun], size: Size, left_out: dict[str, str],
         click.echo(f"{run.name:<24} {run.steps:>5} steps  about {(training + evaluating) / 60:4.1f} min")
     for name, why in left_out.items():
         click.echo(f"{name:<24} left out: {why}")
-    click.echo(f"{len(runs)} runs, about {total / 60 / workers:.0f} minutes on {workers} core(s)")
+    click.echo(estimate(len(runs), total, workers))
     return 0
 
 

@@ -17,6 +17,8 @@ from launch.experiments.jobs import (
     START_S,
     claim,
     config_file,
+    counted,
+    how_long,
     run_and_report,
     run_module,
     there,
@@ -228,8 +230,9 @@ def _tell_plan(
     if not runs:
         click.echo(f"{shown}: counted here in a minute, on this machine; nothing is trained")
         return
-    click.echo(f"{shown}: {len(runs)} runs, {sum(map(len, looks.values()))} looks at them" +
-               (f", about {total / 60 / workers:.0f} minutes on {workers} core(s)" if total else ""))  # fmt: skip
+    looked = counted(sum(map(len, looks.values())), "look")
+    took = f", {how_long(total, workers)}" if total else ""
+    click.echo(f"{shown}: {counted(len(runs), 'run')}, {looked} at them{took}")
 
 
 def _evaluate(

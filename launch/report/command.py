@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from launch.runs.find import find_run
 from launch.runs.text import size
 from trainer.errors import UserError, one_line
 from trainer.run_folder import RunFolder
+from trainer.run_names import find_run
 
 MAX_RUNS = 12
 PICTURE_BYTES = 8 << 20

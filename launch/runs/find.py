@@ -9,29 +9,12 @@ from typing import Any
 from launch.runs.read import ended, in_parallel, read_all
 from trainer.errors import KEYS_MEND, UserError, one_line, storage_errors
 from trainer.run_folder import CONFIG, JOB, RunFolder
+from trainer.run_names import ROOTS_VARIABLE, find_run, open_folder, roots_of
 
-ROOTS_VARIABLE = "LOUPE_RUNS"
-DEFAULT_ROOT = "runs"
 MAX_FOLDERS = 2000
 """Of one root that are looked at."""
 DEPTH, MAX_DEPTH = 2, 6
 """Levels below a root: runs, and runs of a sweep or an experiment that has a folder of its own."""
-
-
-def roots_of(given: Sequence[str]) -> list[str]:
-    """Of the command line, else of LOUPE_RUNS (several: with spaces between), else ./runs."""
-    return [root.rstrip("/") or "/" for root in given or os.environ.get(ROOTS_VARIABLE, "").split() or [DEFAULT_ROOT]]
-
-
-def open_folder(url: str) -> RunFolder:
-    """
-    Raises:
-        UserError: its file system is unknown.
-    """
-    try:
-        return RunFolder(url)
-    except (ValueError, ImportError, OSError) as e:
-        raise UserError(f"{url}: {one_line(e)}") from None
 
 
 def folders_in(root: str, *, depth: int = DEPTH) -> tuple[list[RunFolder], str | None]:
@@ -96,26 +79,6 @@ def _folders(root: str) -> list[RunFolder]:
     return [RunFolder(f"{root}/{name}") for name in names]
 
 
-def find_run(name: str, given_roots: Sequence[str] = ()) -> RunFolder:
-    """The run in folder `name`, a path or a URL; else the one of that name below a root.
-
-    Raises:
-        UserError: there is none, or two roots have one of that name.
-    """
-    if _is_run(name):
-        return open_folder(name)
-    roots = [] if "://" in name or os.path.isabs(name) else roots_of(given_roots)
-    found = [f"{root}/{name}" for root in roots if _is_run(f"{root}/{name}")]
-    if len(found) > 1:
-        raise UserError(f"{name}: in {' and '.join(found)}; give the folder itself")
-    if not found:
-        also = f", and none of that name in {', '.join(roots)}" if roots else ""
-        raise UserError(
-            f"{name}: no run there (no {CONFIG}){also}; give a run folder such as runs/demo, or a name and --root"
-        )
-    return open_folder(found[0])
-
-
 def find_runs(names: Sequence[str], given_roots: Sequence[str] = ()) -> list[RunFolder]:
     """As `find_run`, of several; each once. A name with * ? [ ] stands for all runs of such names, that is paths below a root
     or beside what is before its last slash, that no job has ended.
@@ -144,10 +107,3 @@ def _matching(pattern: str, given_roots: Sequence[str]) -> list[RunFolder]:
             f"{pattern}: no run of such a name in {', '.join(roots)} that a job has; `loupe runs` lists them"
         )
     return [facts.folder for facts in runs]
-
-
-def _is_run(url: str) -> bool:
-    try:
-        return open_folder(url).exists(CONFIG)
-    except storage_errors() as e:
-        raise UserError(f"{url}: cannot be read ({one_line(e)})" + f"; {KEYS_MEND}" * ("://" in url)) from None

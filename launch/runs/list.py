@@ -12,13 +12,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.runs.find import DEPTH, MAX_DEPTH, folders_in, roots_of
+from launch.runs.find import DEPTH, MAX_DEPTH, folders_in
 from launch.runs.numbers import TimeLeft, seconds_by_state, time_left
 from launch.runs.read import RunFacts, read_all
 from launch.runs.state import STARTING, State, states_of
 from launch.runs.text import age, duration, printable
 from trainer.errors import UserError
 from trainer.goodput import ratio
+from trainer.run_names import roots_of
 
 COLUMNS = ("run", "state", "phase", "step", "images/s", "time left", "checkpoint", "restarts", "goodput")
 FIRST_TO_GO = ("phase", "images/s", "goodput", "restarts", "time left", "checkpoint")

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from launch.log_tails import TAIL_BYTES, split_tail
-from launch.runs.find import find_run
 from launch.runs.log_lines import Clock, Line, merged, timed
 from launch.runs.read import earlier_jobs, read_points, read_tail
 from launch.runs.text import printable
@@ -18,6 +17,7 @@ from launch.runs.waiting import waiting_of
 from launch.status import end_of
 from trainer.errors import UserError, one_line
 from trainer.run_folder import JOB, RunFolder
+from trainer.run_names import find_run
 
 COLOURS = (
     "cyan",

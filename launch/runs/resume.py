@@ -9,12 +9,12 @@ import click
 
 from launch.job import live_job
 from launch.option_groups import FIRST, GroupedOption
-from launch.runs.find import find_run
 from launch.runs.read import RunFacts, read_all
 from launch.runs.text import printable
 from launch.slurm_job.options import whole_path
 from trainer.errors import UserError
 from trainer.run_folder import CONFIG, OtherConfig, RunFolder
+from trainer.run_names import find_run
 
 NOT_AGAIN = frozenset({"recipe", "overrides", "run_dir", "fresh", "dry_run", "rehearse_preemption", "profile"})
 """Of the submission: what config.yaml and the folder itself say, and what was meant for one time."""

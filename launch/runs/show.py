@@ -13,7 +13,6 @@ import click
 from launch.cancellation import CANCELLED
 from launch.console import losses, where_things_are
 from launch.job import slurm_jobs_of
-from launch.runs.find import find_run
 from launch.runs.list import Row, as_json, row_of
 from launch.runs.read import (
     DEADLINE_S,
@@ -37,6 +36,7 @@ from trainer.errors import UserError, one_line
 from trainer.goodput import in_words
 from trainer.restarts import WARNED
 from trainer.run_folder import CHECKPOINTS, RunFolder
+from trainer.run_names import find_run
 
 MAX_RESTARTS_SHOWN = 20
 MAX_STARTS_SHOWN = 4

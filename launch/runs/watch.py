@@ -3,9 +3,9 @@
 import click
 
 from launch.console import display_for, watch, where_things_are
-from launch.runs.find import find_run
 from launch.runs.waiting import waiting_of
 from launch.status import end_of
+from trainer.run_names import find_run
 
 
 @click.command("watch")

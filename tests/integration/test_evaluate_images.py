@@ -67,7 +67,7 @@ def test_images(capsys: pytest.CaptureFixture[str], sets: tuple[str, str], tmp_p
         "spectrum.png",
     ]
     assert found["settings"] == {
-        "size": SIDE, "resize": "training", "metrics": [], "count": None, "reference_count": None, "seed": 0,
+        "size": SIDE, "resize": "training", "metrics": [], "count": 70, "reference_count": 80, "seed": 0,
         "batch_size": 32, "resamples": 20, "allow_few": False,
     }  # fmt: skip
     assert {"pillow", "opencv-python-headless", "simplejpeg", "torch", "loupe"} <= set(found["versions"])
@@ -102,6 +102,17 @@ def test_images(capsys: pytest.CaptureFixture[str], sets: tuple[str, str], tmp_p
     for more in ((), ("--dry-run",)):  # counted before a network sees an image
         refused("30 generated and 80 real images for 48 features", "--count", "30", "--resize", "bicubic", *more)
     assert sorted((tmp_path / "cache").iterdir()) == judged
+    assert not (tmp_path / "b").exists(), "refused, it leaves nothing"
+    (tmp_path / "b").mkdir()
+    refused("--cache: s3://b is no local folder", "--cache", "s3://b")
+    assert (tmp_path / "b").exists(), "it was there"
+    few = ("--count", "90", "--reference-count", "90", "--metrics", "kid", "--resamples", "0")
+    code, _, err = call(capsys, *words, *few, "--out", str(tmp_path / "c"))
+    assert code == 0
+    assert f"--count 90: {sets[0]} has 70 images, and all of them are taken" in err
+    assert f"--reference-count 90: {sets[1]} has 80 images, and all of them are taken" in err
+    taken = read(tmp_path / "c")["settings"]
+    assert (taken["count"], taken["reference_count"]) == (70, 80)
     code, _, err = call(capsys, "images", str(tmp_path / "none"), sets[1], "--out", str(tmp_path / "b"))
     assert code == 2
     assert "no such folder" in err
@@ -190,6 +201,12 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert [f"{run}/evaluations/{p.name}" in said for p in recorded] == [True]
     told = json.loads(recorded[0].read_text())
     assert told["figures"] == found["figures"]
+    assert (found["settings"]["count"], found["settings"]["reference_count"]) == (10, 60)
+    assert found["prompts"] == {
+        "pictures": 10,
+        "different": len(set(prompts)),
+        "most_repeated": 1 + 10 - len(set(prompts)),
+    }
     assert (told["step"], told["definition"]) == (7, found["definition"])
     assert told["truncated"] == sum(row["truncated"] for row in rows) == sum(len(p.encode()) > 12 for p in prompts) > 0
 
@@ -216,6 +233,35 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     )
     assert code == 2
     assert "00000000.png has no caption; give --prompts FILE" in err
+
+
+def test_a_run_by_its_name_draws_captions_again_and_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run_of(tmp_path / "runs/first", "data.datasets.emoji.max_samples=4")
+    words = ["run", "first", "--root", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--size", "32"]
+    words += ["--steps", "1", "--count", "6", "--reference-count", "9", "--resamples", "0"]
+    code, _, err = call(capsys, *words, "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert f"--count 6: {EMOJI} has 4 images, and what they show is drawn 1 to 2 times each" in err
+    assert f"--reference-count 9: {EMOJI} has 4 images, and all of them are taken" in err
+    found = read(tmp_path / "out")
+    assert (found["settings"]["count"], found["settings"]["reference_count"]) == (6, 4)
+    assert found["prompts"] == {"pictures": 6, "different": 4, "most_repeated": 2}
+    assert list((tmp_path / "runs/first/evaluations").iterdir())
+
+
+def test_a_refused_evaluation_leaves_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    words = ["run", str(run), "--reference", EMOJI, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    (tmp_path / "classes.json").write_text("[0, 1, 2, 3]")
+    (tmp_path / "words.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    for message, more in (
+        ("--prompts: class 0 for a model that takes captions", ("--prompts", str(tmp_path / "classes.json"))),
+        ("w.safetensors", ("--prompts", str(tmp_path / "words.txt"), "--weights", str(tmp_path / "w.safetensors"))),
+    ):
+        code, _, err = call(capsys, *words, "--reference-count", "20", *more)
+        assert (code, (tmp_path / "out").exists()) == (2, False), err
+        assert message in err
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ ROOTS = ("launch.cli", "launch.commands", "data.cli", "data.commands", "ops.benc
 LEAVES = (
     "trainer.background", "trainer.checkpoint.errors", "trainer.config", "trainer.config_text", "trainer.discovery",
     "trainer.errors", "trainer.exporter", "trainer.goodput", "trainer.metric_names", "trainer.metrics_server", "trainer.phases",
-    "trainer.recipes", "trainer.restarts", "trainer.run_folder", "trainer.secret_names", "trainer.slurm_environment",
-    "trainer.urls",
+    "trainer.recipes", "trainer.restarts", "trainer.run_folder", "trainer.run_names", "trainer.secret_names",
+    "trainer.slurm_environment", "trainer.urls",
 )  # fmt: skip
 LIBRARIES_OF_LEAVES = {"pydantic", "yaml", "fsspec", "prometheus_client"}
 

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,13 @@ from trainer.evaluate.images_run import (
     finite,
     judges_of_generated,
     judges_of_real,
+    more_than_there,
     numbers_of,
     provenance_of,
 )
 from trainer.evaluate.judged_sets import PART, Judged, Judging, batch_rows
 from trainer.evaluate.judges import Judge, Rows
-from trainer.evaluate.samples_run import open_reference, prompts_of, record_of
+from trainer.evaluate.samples_run import drawn_again, open_reference, prompt_numbers, prompts_of, record_of
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.sampling import job
@@ -142,7 +143,9 @@ class ImageEvaluation:
             if section.prompts is not None:
                 count = ranks.on_rank_0(lambda: len(self._prompts()))
             self._networks = ranks.on_all(self._build_networks)
-            self._check_counts(count, min(section.reference_count or len(self._real), len(self._real)))
+            of_real = min(section.reference_count or len(self._real), len(self._real))
+            self._check_counts(count, of_real)
+            self._settings = replace(self._settings, count=count, reference_count=of_real)
         self._ready: _Ready | None = None
 
     def _check_counts(self, generated: int, real: int) -> None:
@@ -199,6 +202,11 @@ class ImageEvaluation:
             f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g} ({cost.passes} network passes each), "
             f"against {self._real.url}: {', '.join(self._metrics)}"
         ]
+        given = None if section.prompts else section.num_samples
+        lines += [f"{SECTION}.{line}" for line in (
+            *drawn_again("num_samples", given, self._real),
+            *more_than_there("reference_count", section.reference_count, len(self._real), self._real.url),
+        )]  # fmt: skip
         if any(work.cut):
             lines.append(
                 f"WARNING: {SECTION}: {sum(work.cut)} of {len(prompts)} prompts are longer than the text encoder takes"
@@ -299,7 +307,10 @@ class ImageEvaluation:
         numbers = numbers_of(
             generated, ready.real, (about, self._real.about()), self._settings, self._networks, self._metrics
         )
-        more = {"kind": "training", "model": model, "ranks": self._world.size, **provenance_of(self._world.device)}
+        more = {
+            "kind": "training", "model": model, "prompts": prompt_numbers(work.prompts), "ranks": self._world.size,
+            **provenance_of(self._world.device),
+        }  # fmt: skip
         found: dict[str, Any] = finite({**numbers, **more})
         return found
 

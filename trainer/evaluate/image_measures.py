@@ -76,10 +76,14 @@ def check_counts(
     for network, d in dimensions.items():
         if {"fid", "fid_infinity"} & set(wanted) and least <= d and not allow_few:
             by = "" if bias is None else f", by some {bias(network, generated <= real):.3g} here"
+            others = [
+                name for name in wanted if name not in ("fid", "fid_infinity") and least > NEIGHBOURS_OF.get(name, 0)
+            ]
+            others = others or [name for name in OF_NETWORKS[2:] if least > NEIGHBOURS_OF.get(name, 0)]
             raise UserError(
                 f"--metrics fid: {generated} generated and {real} real images for {d} features of {network}: with no more "
-                f"images than features the distance is too large{by}; take {d + 1} or more, give --allow-few, or name other "
-                "metrics"
+                f"images than features the distance is too large{by}; take {d + 1} or more, give --allow-few, or --metrics "
+                f"{','.join(others)}"
             )
         for metric, k in NEIGHBOURS_OF.items():
             if metric in wanted and least <= k:

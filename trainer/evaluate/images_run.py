@@ -54,9 +54,9 @@ class Settings:
     metrics: tuple[str, ...] = ()
     """Absent: all that can be had."""
     count: int | None = None
-    """Generated images; absent: all."""
+    """Generated images; absent: all. The commands write how many are taken."""
     reference_count: int | None = None
-    """Real images; absent: all."""
+    """Real images, in the same way."""
     seed: int = 0
     """Chooses images where not all are taken, and draws resamples."""
     batch_size: int = 32
@@ -246,8 +246,14 @@ def warnings_of(sets: Mapping[str, Any], settings: Settings, figures: Mapping[st
             found.append(f"{one['enlarged']} of {one['used']} {name} images were enlarged to {settings.size} px")
         if one["skipped"]["count"]:
             reasons = ", ".join(f"{reason} {n}" for reason, n in one["skipped"]["reasons"].items())
-            found.append(f"{one['skipped']['count']} {name} images cannot be read ({reasons}); others took their place, as far "
-                         "as there are")  # fmt: skip
+            lacking = one["identity"]["target"] - one["used"]
+            instead = f"others took the place of {one['replaced']}, and " if one["replaced"] else ""
+            ending = (
+                f"{instead}{one['used']} of {one['identity']['target']} are left"
+                if lacking
+                else "others took their place"
+            )
+            found.append(f"{_count(one['skipped']['count'], f'{name} image')} cannot be read ({reasons}); {ending}")
         if one["flat"]:
             found.append(f"{one['flat']} of {one['used']} {name} images are of one colour")
     if generated["grey"] / used > real["grey"] / real["used"] + 0.02:
@@ -264,6 +270,21 @@ def warnings_of(sets: Mapping[str, Any], settings: Settings, figures: Mapping[st
             found.append(f"{name}: about {figure['bias']:.3g} of {figure['value']:.4g} is the bias of so few images; compare "
                          "equal counts alone")  # fmt: skip
     return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def more_than_there(option: str, asked: int | None, there: int, images: str) -> list[str]:
+    """A line where more are asked for than there are.
+
+    Args:
+        images: their URL.
+    """
+    if asked is None or asked <= there:
+        return []
+    return [f"{option} {asked}: {images} has {_count(there, 'image')}, and all of them are taken"]
 
 
 def meaning(figures: Mapping[str, Figure], settings: Settings) -> dict[str, str]:
@@ -363,7 +384,9 @@ def finished(
         **asdict(settings),
     }
     asked = json.loads(json.dumps(asked))
-    others = sorted(name for name in asked if name != "batch_size" and there.get(name) != asked[name])
+    # how many are taken is in the images' identities
+    free = {"batch_size", "count", "reference_count"}
+    others = sorted(name for name in asked if name not in free and there.get(name) != asked[name])
     if others:
         raise UserError(f"--out: {folder} has an evaluation already, with other {', '.join(others)}; give another folder, or "
                         "--overwrite")  # fmt: skip

@@ -368,15 +368,17 @@ def described(about: Mapping[str, Any], size: int, pixels: Judged) -> dict[str, 
     from trainer.evaluate.judges import FORMATS
 
     rows = pixels.rows
+    identity = pixels.provenance["key"]["images"]
     sizes: dict[str, int] = {}
     for width, height in zip(rows["width"].tolist(), rows["height"].tolist(), strict=True):
         sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + 1
     common = dict(sorted(sizes.items(), key=lambda item: -item[1])[:20])
     return {
         **about,
-        "identity": pixels.provenance["key"]["images"],
+        "identity": identity,
         "used": len(pixels),
         "skipped": pixels.skipped,
+        "replaced": int((rows["place"] >= identity.get("target", len(pixels))).sum()),
         "sizes": common,
         "num_sizes": len(sizes),
         "enlarged": int((np.minimum(rows["width"], rows["height"]) < size).sum()),

@@ -10,7 +10,8 @@ RUN/evaluations/       the same figures, by step: `loupe runs report` shows them
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def prompts_of(reference: ImageSet, count: int | None, seed: int, *, classes: bo
             raise UserError(f"--reference: {reference.url}: {reference.name(index)} has no {what}; give --prompts FILE")
         of_index[index] = found
     return [of_index[index] for index in order.tolist()]
+
+
+def drawn_again(option: str, count: int | None, reference: ImageSet) -> list[str]:
+    """A line where more pictures are wanted than there are captions, which `prompts_of` then repeats."""
+    total = len(reference)
+    if count is None or count <= total:
+        return []
+    often = f"{count // total}" if count % total == 0 else f"{count // total} to {count // total + 1}"
+    return [f"{option} {count}: {reference.url} has {total} images, and what they show is drawn {often} times each"]
+
+
+def prompt_numbers(prompts: Sequence[Prompt]) -> dict[str, int]:
+    """How many different ones there are, for the evaluation's numbers."""
+    times = Counter(prompts)
+    return {"pictures": len(prompts), "different": len(times), "most_repeated": max(times.values())}
 
 
 def takes_classes(source: str) -> bool:

@@ -92,6 +92,13 @@ def _page(results: PaperResults, exhibit: Exhibit, has_picture: bool) -> Iterato
         yield ""
     yield from _table(results, exhibit)
     yield ""
+    if any(results.perceptual_share(point) is not None for point in exhibit.points):
+        yield (
+            "*Loss's share*: of the whole loss, what is not the denoising term, `1 - denoising / loss`: that is the "
+            "perceptual loss, or what takes its place, times its weight. Both are means over all samples, gated or not, of "
+            "the last three lines of the training's metrics; shown is the mean over seeds."
+        )
+        yield ""
     yield from _in_words(results, exhibit)
     missing = results.missing(exhibit)
     if missing:

@@ -112,9 +112,11 @@ class PaperResults:
         return [read_json(path) for path in sorted(paths) if path.exists()]
 
     def perceptual_share(self, point: Point) -> float | None:
-        """Share of the weighted perceptual term in the loss at the end of training, mean over seeds; None: it has none."""
+        """Share of the weighted perceptual term in the loss at the end of training, mean over seeds; None: it has none. What
+        min-SNR weighs is the denoising term, and no share."""
         losses = [summary["phases"][-1]["losses_last"] for summary in self.summaries(point)]
-        shares = [1.0 - one["denoising"] / one["loss"] for one in losses if one["loss"] != one["denoising"]]
+        parts = [(one.get("denoising_weighted", one["denoising"]), one["loss"]) for one in losses]
+        shares = [1.0 - denoising / loss for denoising, loss in parts if loss != denoising]
         return sum(shares) / len(shares) if shares else None
 
     def missing(self, exhibit: Exhibit) -> list[str]:

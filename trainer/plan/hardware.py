@@ -56,6 +56,17 @@ class Cluster:
     nic_gbit_per_s: float
     """A GPU's share of the network."""
 
+    def __post_init__(self) -> None:
+        """Raises:
+        UserError: more than a node, and not whole ones.
+        """
+        whole, rest = divmod(self.num_gpus, self.gpus_per_node)
+        if whole and rest:
+            raise UserError(
+                f"--gpus {self.num_gpus}: no whole nodes of --gpus-per-node {self.gpus_per_node}; take "
+                f"{whole * self.gpus_per_node} or {(whole + 1) * self.gpus_per_node}, or nodes of another size"
+            )
+
     @property
     def num_nodes(self) -> int:
         return -(-self.num_gpus // self.gpus_per_node)

@@ -1,5 +1,6 @@
 """A plan as a person reads it, and as JSON."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.plan import hardware
-from trainer.plan.choose import PhasePlan, Plan
+from trainer.plan.choose import DAY_S, PhasePlan, Plan
 from trainer.plan.hardware import GIB
 
 COLOURS = {
@@ -19,13 +20,21 @@ COLOURS = {
 LETTERS = dict(zip(COLOURS, "PGOEgwADx-", strict=True))
 """Of the bar, which says the same without colours."""
 BAR = 60
+Units = tuple[tuple[str, float, float], ...]
+"""Name, what one of it is, and from how many of it on it is taken; the last wherever the others are not."""
+BYTES: Units = (("GiB", GIB, 0.1), ("MiB", 2.0**20, 0.1), ("KiB", 2.0**10, 0.0))
+FLOP: Units = (("TFLOP", 1e12, 0.1), ("GFLOP", 1e9, 0.1), ("MFLOP", 1e6, 0.0))
+STEP_TIMES: Units = (("s", 1.0, 10.0), ("ms", 1e-3, 0.1), ("µs", 1e-6, 0.0))
+TIMES: Units = (("s", 1.0, 0.1), ("ms", 1e-3, 0.0))
+LENGTHS: Units = (("days", 86400.0, 0.5), ("hours", 3600.0, 0.5), ("minutes", 60.0, 0.5), ("s", 1.0, 0.0))
+SIZES: Units = (("GB", 1e9, 0.1), ("MB", 1e6, 0.1), ("kB", 1e3, 0.0))
 
 
 def show(plan: Plan, console: Console) -> None:
     cluster, gpu = plan.cluster, plan.cluster.gpu
     console.print(
         f"[bold]{plan.name}[/]: {plan.num_parameters / 1e6:,.1f}M parameters on {cluster.num_gpus} {gpu.name} in "
-        f"{cluster.num_nodes} node(s), {cluster.nic_gbit_per_s:g} Gbit/s of network a GPU",
+        f"{cluster.num_nodes} node{'s' * (cluster.num_nodes != 1)}, {cluster.nic_gbit_per_s:g} Gbit/s of network a GPU",
         soft_wrap=True,
     )
     console.print(f"layout: {plan.layout.in_words(cluster.num_gpus)}", highlight=False, soft_wrap=True)
@@ -56,6 +65,33 @@ def overrides(plan: Plan) -> str:
     return " ".join(f"--set parallel.{name}={value}" for name, value in fields.items())
 
 
+def unit_of(values: list[float], units: Units) -> tuple[str, float]:
+    """(name, what one of it is) of the unit that the largest value has."""
+    largest = max(values)
+    return next((name, one) for name, one, least in units if largest >= least * one or (name, one, least) == units[-1])
+
+
+def number(value: float, digits: int = 2) -> str:
+    """So many digits behind the point; of what they would make 0, the first digit that is none."""
+    text = f"{value:,.{digits}f}"
+    return f"{value:.1g}" if value and not float(text.replace(",", "")) else text
+
+
+def in_unit(value: float, units: Units, digits: int = 2) -> str:
+    name, one = unit_of([value], units)
+    return f"{number(value / one, digits)} {name}"
+
+
+def _row(
+    table: Table, plan: Plan, name: str, value: Callable[[PhasePlan], float], units: Units, digits: int = 2, style: str = "",
+) -> None:  # fmt: skip
+    """Of all phases in one unit, which is named: a small model's row is no row of zeros."""
+    values = [value(phase) for phase in plan.phases]
+    unit, one = unit_of(values, units)
+    cells = (number(found / one, digits) if found else "0" for found in values)
+    table.add_row(Text(f"{name}, {unit}", style=style), *cells)
+
+
 def _table(plan: Plan, title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("")
@@ -65,21 +101,18 @@ def _table(plan: Plan, title: str) -> Table:
 
 
 def _memory(plan: Plan, console: Console) -> None:
-    table = _table(plan, "Memory of one GPU, GiB")
+    table = _table(plan, "Memory of one GPU")
     for part, colour in COLOURS.items():
-        name = Text(f"{LETTERS[part]} {part}", style=colour)
-        table.add_row(name, *(f"{phase.memory[part] / GIB:.2f}" for phase in plan.phases))
-    table.add_row(
-        f"together, of {plan.cluster.gpu.memory_bytes / GIB:.1f}",
-        *(f"{phase.memory_bytes / GIB:.2f}" for phase in plan.phases),
-    )
+        _row(table, plan, f"{LETTERS[part]} {part}", lambda p, part=part: p.memory[part], BYTES, style=colour)  # type: ignore[misc]
+    of_gpu = in_unit(plan.cluster.gpu.memory_bytes, BYTES, 1)
+    _row(table, plan, f"together (of {of_gpu})", lambda p: p.memory_bytes, BYTES)
     table.add_row("", *("fits" if phase.fits else "DOES NOT FIT" for phase in plan.phases))
     console.print(table)
     for phase in plan.phases:
         console.print(Text(f"{phase.phase.name:<20.20} ").append_text(bar(phase, plan.cluster.gpu.memory_bytes)))
         if phase.mend:
-            missing = (phase.memory_bytes - plan.cluster.gpu.memory_bytes) / GIB
-            console.print(f"  {phase.phase.name} lacks {missing:.1f} GiB; {phase.mend}", style="red", highlight=False)
+            missing = in_unit(phase.memory_bytes - plan.cluster.gpu.memory_bytes, BYTES, 1)
+            console.print(f"  {phase.phase.name} lacks {missing}; {phase.mend}", style="red", highlight=False)
     console.print()
 
 
@@ -98,21 +131,14 @@ def bar(phase: PhasePlan, memory_bytes: float) -> Text:
 
 def _step(plan: Plan, console: Console) -> None:
     table = _table(plan, "A step")
-    rows: list[tuple[str, Any]] = [
-        (f"TFLOP a GPU: {part}", lambda p, part=part: f"{p.flops[part] / 1e12:.4g}") for part in plan.phases[0].flops
-    ]
-    rows += [
-        (f"ms: {part}", lambda p, part=part: f"{getattr(p.time, part) * 1e3:.1f}")
-        for part in ("forward", "backward", "encoder", "text", "loss", "optimizer", "communication")
-    ]
-    rows += [
-        ("ms: together", lambda p: f"{p.time.whole * 1e3:.1f}"),
-        ("ms hidden: communication", lambda p: f"{p.time.hidden * 1e3:.1f}"),
-        ("MFU", lambda p: f"{p.mfu:.1%}"),
-        ("images/s", lambda p: f"{p.images_per_s:,.0f}"),
-    ]
-    for name, cell in rows:
-        table.add_row(name, *(cell(phase) for phase in plan.phases))
+    for part in plan.phases[0].flops:
+        _row(table, plan, f"a GPU: {part}", lambda p, part=part: p.flops[part], FLOP)  # type: ignore[misc]
+    for part in ("forward", "backward", "encoder", "text", "loss", "optimizer", "communication"):
+        _row(table, plan, part, lambda p, part=part: getattr(p.time, part), STEP_TIMES, 1)  # type: ignore[misc]
+    _row(table, plan, "together", lambda p: p.time.whole, STEP_TIMES, 1)
+    _row(table, plan, "hidden: communication", lambda p: p.time.hidden, STEP_TIMES, 1)
+    table.add_row("MFU, %", *(number(100 * p.mfu, 1) for p in plan.phases))
+    table.add_row("images/s", *(number(p.images_per_s, 0) for p in plan.phases))
     console.print(table)
     console.print()
 
@@ -120,21 +146,28 @@ def _step(plan: Plan, console: Console) -> None:
 def _run(plan: Plan, console: Console) -> None:
     table = _table(plan, "The run")
     table.add_row("steps", *(f"{p.phase.steps:,}" for p in plan.phases))
-    table.add_row("loader: cores a node", *(f"{p.loader_cores:.1f}" for p in plan.phases))
-    table.add_row("loader: MB/s a node", *(f"{p.loader_bytes_per_s / 1e6:.1f}" for p in plan.phases))
-    table.add_row("checkpoint: stall, s", *(f"{p.checkpoint_stall_s:.2f}" for p in plan.phases))
-    table.add_row("checkpoint: write, s", *(f"{p.checkpoint_write_s:.1f}" for p in plan.phases))
-    table.add_row("days", *(f"{p.days:.2f}" for p in plan.phases))
-    table.add_row("GPU-hours", *(f"{p.gpu_hours:,.0f}" for p in plan.phases))
-    if plan.price_per_gpu_hour is not None:
-        table.add_row("cost", *(f"{p.gpu_hours * plan.price_per_gpu_hour:,.0f}" for p in plan.phases))
+    table.add_row("loader: cores a node", *(number(p.loader_cores, 1) for p in plan.phases))
+    table.add_row("loader: MB/s a node", *(number(p.loader_bytes_per_s / 1e6, 1) for p in plan.phases))
+    _row(table, plan, "checkpoint: stall", lambda p: p.checkpoint_stall_s, TIMES)
+    _row(table, plan, "checkpoint: write", lambda p: p.checkpoint_write_s, TIMES, 1)
+    _row(table, plan, "length", lambda p: p.days * DAY_S, LENGTHS)
+    table.add_row("GPU-hours", *(_whole(p.gpu_hours) for p in plan.phases))
+    price = plan.price_per_gpu_hour
+    if price is not None:
+        table.add_row("cost", *(_whole(p.gpu_hours * price) for p in plan.phases))
     console.print(table)
     days, hours = sum(p.days for p in plan.phases), sum(p.gpu_hours for p in plan.phases)
-    cost = f", cost {hours * plan.price_per_gpu_hour:,.0f}" if plan.price_per_gpu_hour is not None else ""
+    cost = f", cost {_whole(hours * price)}" if price is not None else ""
     console.print(
-        f"all phases: {days:.2f} days, {hours:,.0f} GPU-hours{cost}; a checkpoint is {plan.checkpoint_bytes / 1e9:.3g} GB"
+        f"all phases: {in_unit(days * DAY_S, LENGTHS)}, {_whole(hours)} GPU-hours{cost}; a checkpoint is "
+        f"{in_unit(plan.checkpoint_bytes, SIZES)}"
     )
     console.print()
+
+
+def _whole(value: float) -> str:
+    """Without digits behind the point from 10 on."""
+    return number(value, 0 if value >= 10 else 2)
 
 
 def sources(plan: Plan) -> list[str]:

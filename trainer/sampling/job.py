@@ -18,7 +18,7 @@ from trainer.sampling.drawing import Progress, Work, draw_all, lots_to_draw, pre
 from trainer.sampling.model import SamplingModel
 from trainer.sampling.options import Options
 from trainer.sampling.output import SampleFolder
-from trainer.sampling.prompts import Prompt, gathered
+from trainer.sampling.prompts import Prompt, check_kinds, gathered, num_classes_of
 from trainer.sampling.source import POST_HOC, opened
 from trainer.whole_files import write_whole
 
@@ -97,7 +97,7 @@ def _absent(folder: SampleFolder | None, about: dict[str, Any], count: int, *, o
 
 def _open(options: Options, place: torch.device, folder: SampleFolder | None, ranks: Ranks) -> Work:
     o = options
-    prompts = ranks.on_rank_0(lambda: gathered(o.prompts, o.files, o.classes, per_prompt=o.per_prompt))
+    prompts = ranks.on_rank_0(lambda: _prompts(o))
     if folder is None and len(prompts) > IN_MEMORY:
         raise UserError(
             f"--out: {len(prompts)} pictures need a folder; give --out FOLDER, or {IN_MEMORY} prompts at most"
@@ -106,6 +106,16 @@ def _open(options: Options, place: torch.device, folder: SampleFolder | None, ra
     settings = ranks.on_all(lambda: o.settings(opened(source).config))
     model = SamplingModel.open(source, place, weights=weights, group=ranks.group)
     return ranks.on_all(lambda: prepare(model, prompts, settings, lot=o.lot))
+
+
+def _prompts(o: Options) -> list[Prompt]:
+    prompts = gathered(o.prompts, o.files, o.classes, per_prompt=o.per_prompt)
+    config, given = opened(o.source).config, "--classes" if o.classes else "--prompts"
+    check_kinds(
+        prompts[: len(prompts) // o.per_prompt], num_classes_of(config),
+        lambda position: "--prompt" if position < len(o.prompts) else given,
+    )  # fmt: skip
+    return prompts
 
 
 def source_of(source: str, weights: str, folder: SampleFolder | None) -> tuple[str, str]:
@@ -136,11 +146,14 @@ def _plan(work: Work, about: dict[str, Any], options: Options) -> list[str]:
         guidance += f" rescaled by {settings.guidance_rescale:g}"
     lines = [
         f"{work.model.source}: step {work.model.step or 'unknown'}, weights {work.model.weights}",
-        f"{pictures(len(work.prompts))} of {width} x {height} px: {settings.sampler}, {settings.steps} steps, {guidance}, seed "
-        f"{settings.seed}; NFE {cost['nfe']}, {cost['network_passes']} network passes a picture",
+        f"{pictures(len(work.prompts))} of {width} x {height} px: {settings.sampler}, {settings.steps} step"
+        f"{'s' * (settings.steps != 1)}, {guidance}, seed {settings.seed}; NFE {cost['nfe']}, {cost['network_passes']} network "
+        f"pass{'es' * (cost['network_passes'] != 1)} a picture",
     ]
     if about["truncated"]:
-        lines.append(f"WARNING: {about['truncated']} prompts are longer than the text encoder takes, and are cut")
+        cut = about["truncated"]
+        are = "1 prompt is" if cut == 1 else f"{cut} prompts are"
+        lines.append(f"WARNING: {are} longer than the text encoder takes, and cut")
     if options.part.count > 1:
         lines.append(f"part {options.part.index} of {options.part.count}")
     return lines

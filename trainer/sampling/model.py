@@ -23,7 +23,7 @@ from trainer.models.condition import Condition, joined
 from trainer.models.text_encoders import TextEncoder, build_text_encoder
 from trainer.parallel.apply import autocast
 from trainer.sampling.draw import cost, draw_latents, noise_of
-from trainer.sampling.prompts import Prompt
+from trainer.sampling.prompts import Prompt, caption_of
 from trainer.sampling.settings import SampleSettings
 from trainer.sampling.source import opened
 from trainer.sampling.weights import fill
@@ -115,20 +115,8 @@ class SamplingModel:
 
     def _caption(self, prompt: Prompt) -> str | None:
         """As the text encoder takes it."""
-        if prompt is None:
-            return None
-        if self.task.text.kind != "classes":
-            if isinstance(prompt, str):
-                return prompt
-            raise UserError(f"--classes: class {prompt} for a model that takes captions; give --prompt or --prompts")
-        num_classes = self.task.text.num_classes
-        if isinstance(prompt, str) and not (prompt.strip().isdecimal() and prompt.isascii()):
-            raise UserError(
-                f"--prompt: {prompt!r} for a model of {num_classes} classes; give --classes 0-{num_classes - 1}"
-            )
-        if not 0 <= int(prompt) < num_classes:
-            raise UserError(f"--classes: {int(prompt)} is no class of the model's 0 to {num_classes - 1}")
-        return str(int(prompt))
+        text = self.task.text
+        return caption_of(prompt, text.num_classes if text.kind == "classes" else None)
 
     @torch.no_grad()
     def _conditions(self, captions: Sequence[str | None]) -> Condition:

@@ -5,10 +5,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config import LatentDiffusionConfig, RunConfig
 from trainer.errors import UserError, one_line
 
 Prompt = str | int | None
@@ -54,11 +55,59 @@ def gathered(
     for word in classes:
         found += parse_classes(word)
     if len(found) * per_prompt > MAX_PICTURES:
-        raise UserError(f"--per-prompt: {len(found)} prompts {per_prompt} times are more than {MAX_PICTURES} pictures")
+        raise UserError(
+            f"--per-prompt: {per_prompt} pictures of each of {len(found)} are more than {MAX_PICTURES} pictures"
+        )
     for i, prompt in enumerate(found):
         if isinstance(prompt, str) and len(prompt) > MAX_CHARACTERS:
             raise UserError(f"--prompts: prompt {i} has {len(prompt)} characters, {MAX_CHARACTERS} at most")
     return found * per_prompt
+
+
+def num_classes_of(config: RunConfig) -> int | None:
+    """Of a model that is told classes; None: it takes captions."""
+    task = config.task
+    return task.text.num_classes if isinstance(task, LatentDiffusionConfig) and task.text.kind == "classes" else None
+
+
+def caption_of(prompt: Prompt, num_classes: int | None, option: str | None = None) -> str | None:
+    """As the text encoder takes it.
+
+    Args:
+        num_classes: of a model of classes; None: it takes captions.
+        option: where the prompt is from; absent: --prompt or --classes, by what it is.
+
+    Raises:
+        UserError: a caption for a model of classes, or the other way round; no such class.
+    """
+    if prompt is None:
+        return None
+    if num_classes is None:
+        if isinstance(prompt, str):
+            return prompt
+        raise UserError(
+            f"{option or '--classes'}: class {prompt} for a model that takes captions; give --prompt or --prompts with texts"
+        )
+    if isinstance(prompt, str) and not (prompt.strip().isdecimal() and prompt.isascii()):
+        raise UserError(
+            f"{option or '--prompt'}: {prompt!r} for a model of {num_classes} classes; give --classes 0-{num_classes - 1}"
+        )
+    if not 0 <= int(prompt) < num_classes:
+        raise UserError(f"{option or '--classes'}: {int(prompt)} is no class of the model's 0 to {num_classes - 1}")
+    return str(int(prompt))
+
+
+def check_kinds(prompts: Iterable[Prompt], num_classes: int | None, option_of: Callable[[int], str]) -> None:
+    """`caption_of` each, before a model is opened.
+
+    Args:
+        option_of: where the prompt of a position is from.
+
+    Raises:
+        UserError: as it does.
+    """
+    for position, prompt in enumerate(prompts):
+        caption_of(prompt, num_classes, option_of(position))
 
 
 def parse_classes(word: str) -> list[Prompt]:

@@ -10,6 +10,7 @@ import pytest
 
 from launch.cli import cli
 from launch.entry import run_command
+from launch.experiments.jobs import estimate
 from launch.experiments.queue import Job, Queue, Stage
 from trainer.recipes.lpl_experiment import FULL, PARADIGMS, planned_runs, run_name, variants
 
@@ -181,10 +182,15 @@ def test_what_is_refused(
     assert not (tmp_path / "experiment").exists(), "nothing is made for a command that is refused"
 
 
+def test_one_is_no_plural() -> None:
+    assert estimate(1, 50.0, 1) == "1 run, about 1 minute on 1 core"
+    assert estimate(3, 1200.0, 2) == "3 runs, about 10 minutes on 2 cores"
+
+
 def test_the_plan_is_told_and_nothing_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--out", str(tmp_path / "experiment"), "--dry-run", "--variant", "lpl") == 0
     out = capsys.readouterr().out
     assert "eps-lpl-2" in out
-    assert "minutes on 2 core(s)" in out
+    assert "minutes on 2 cores" in out
     assert "21 runs" in out, "3 pre-trainings, and 3 seeds of 2 variants on 3 paradigms"
     assert not (tmp_path / "experiment").exists()

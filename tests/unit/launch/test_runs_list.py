@@ -17,12 +17,12 @@ from launch.job import process_start, update_job
 from launch.queue_states import ask_slurm
 from launch.runs import find as runs_find
 from launch.runs import read as runs_read
-from launch.runs.find import find_run
 from launch.runs.read import in_parallel, read_all
 from launch.runs.text import duration, printable
 from tests.run_folders import NOW, job_of, make_run
 from trainer.errors import UserError
 from trainer.run_folder import RunFolder
+from trainer.run_names import find_run, run_or_checkpoint
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -142,6 +142,28 @@ def test_roots_and_names(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     assert call(capsys, "runs", "--root", "nowhere") == (
         2, "", "error: nowhere: no such folder; name the one that holds the runs with --root, or in LOUPE_RUNS\n"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_a_checkpoints_name_may_be_cut(tmp_path: Path, kind: str) -> None:
+    root = str(tmp_path) if kind == "disk" else f"memory://{tmp_path.name}/cut"
+    make_run(f"{root}/one")
+    run = RunFolder(f"{root}/one")
+    assert run_or_checkpoint("one", [root]) == run.url
+    of_run = f"{run.url}/checkpoints/step-"
+    with pytest.raises(UserError, match="step-00000600: no checkpoint begins so; the run has none"):
+        run_or_checkpoint(f"{of_run}00000600")
+    for name in ("00000500-0a1b2c3d", "00000600-c91d94ec", "00000700-0a1b2c3d", "00000700-0a2b2c3d"):
+        run.write_text(f"checkpoints/step-{name}/COMMIT", "")
+    assert run_or_checkpoint(f"{of_run}00000600") == f"{of_run}00000600-c91d94ec"
+    assert run_or_checkpoint("one/checkpoints/step-00000600-c9/", [root]) == f"{of_run}00000600-c91d94ec"
+    assert run_or_checkpoint(f"{of_run}00000600-c91d94ec") == f"{of_run}00000600-c91d94ec"
+    with pytest.raises(UserError, match="step-00000700-0a1b2c3d, step-00000700-0a2b2c3d begin so; give one whole"):
+        run_or_checkpoint(f"{of_run}00000700")
+    with pytest.raises(
+        UserError, match=r"no checkpoint begins so; there are step-00000500-0a1b2c3d, step-00000600-c91d94ec, "
+    ):
+        run_or_checkpoint(f"{of_run}00000900")
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])

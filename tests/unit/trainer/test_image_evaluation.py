@@ -220,7 +220,16 @@ def test_what_cannot_be_read_is_replaced_and_counted(made: Path, real: Path, tmp
     kept = [place for place in range(104) if place not in (0, 50, 99, 101)]
     assert rows["place"].tolist() == kept
     assert rows["index"].tolist() == order[kept].tolist()
-    assert any("4 real images cannot be read (undecodable 4)" in w for w in found.numbers["warnings"])
+    assert (found.numbers["real"]["replaced"], found.numbers["real"]["found"]) == (3, 150), (
+        "one of the four was to stand in"
+    )
+    assert "4 real images cannot be read (undecodable 4); others took their place" in found.numbers["warnings"]
+    told = evaluated(made, broken, tmp_path, reference_count=148).numbers
+    assert (told["real"]["used"], told["real"]["replaced"]) == (146, 2)
+    assert any("; others took the place of 2, and 146 of 148 are left" in w for w in told["warnings"])
+    all_of_them = evaluated(made, broken, tmp_path).numbers
+    assert (all_of_them["real"]["used"], all_of_them["real"]["replaced"]) == (146, 0)
+    assert "4 real images cannot be read (undecodable 4); 146 of 150 are left" in all_of_them["warnings"]
 
     for path in broken.iterdir():
         path.write_bytes(b"")
@@ -230,19 +239,27 @@ def test_what_cannot_be_read_is_replaced_and_counted(made: Path, real: Path, tmp
 
 def test_too_few_images_are_refused_with_their_bias(made: Path, real: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"40 generated and 150 real images for 48 features of blocks: .* too large, by some "
-                       r"0\.\d+ here; take 49 or more, give --allow-few, or name other"):  # fmt: skip
+                       r"0\.\d+ here; take 49 or more, give --allow-few, or --metrics kid,precision,recall,density,coverage,"
+                       "spectrum"):  # fmt: skip
         evaluated(made, real, tmp_path, count=40)
     few = evaluated(made, real, tmp_path, count=40, allow_few=True)
     assert few.figures["fd_blocks"]["bias"] > 0
     assert any("fd_blocks: about" in w and "bias of so few images" in w for w in few.numbers["warnings"])
     assert "fd_blocks" not in evaluated(made, real, tmp_path, count=40, metrics=("precision",)).figures
-    few = r"--metrics density: 5 generated and 150 real images, and it looks at 5 neighbours of each"
-    with pytest.raises(UserError, match=few):
+    density = r"--metrics density: 5 generated and 150 real images, and it looks at 5 neighbours of each"
+    with pytest.raises(UserError, match=density):
         evaluated(made, real, tmp_path, count=5, allow_few=True)
     precise = evaluated(made, real, tmp_path, count=5, metrics=("precision",)).figures
     assert set(precise) == {"precision_blocks"}
     with pytest.raises(UserError, match="3 generated and 150 real images are too few to compare"):
         evaluated(made, real, tmp_path, count=3, metrics=("spectrum",))
+
+
+def test_the_metrics_that_can_be_had_of_few_are_named(made: Path, real: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--allow-few, or --metrics kid,precision,recall$"):
+        evaluated(made, real, tmp_path, count=5, metrics=("fid", "fid_infinity"))
+    with pytest.raises(UserError, match=r"--allow-few, or --metrics spectrum,coverage$"):
+        evaluated(made, real, tmp_path, count=40, metrics=("fid", "spectrum", "coverage"))
 
 
 def test_a_spectrums_figures_lie_in_their_intervals(made: Path, real: Path, tmp_path: Path) -> None:

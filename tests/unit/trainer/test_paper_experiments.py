@@ -88,7 +88,9 @@ def write_results(folder: Path, names: list[str], fid: dict[str, list[float]]) -
             of_look.mkdir(parents=True, exist_ok=True)
             of_run.mkdir(parents=True, exist_ok=True)
             (of_look / "evaluation.json").write_text(json.dumps(tree))
-            loss = {"denoising": 0.8, "loss": 0.8 if look.training.loss in ("plain", "min_snr") else 1.0}
+            loss = {"denoising": 0.8, "loss": 0.8 if look.training.loss == "plain" else 1.0}
+            if look.training.loss == "min_snr":
+                loss |= {"denoising_weighted": 0.5, "loss": 0.5}
             (of_run / "summary.json").write_text(json.dumps({"phases": [{"losses_last": loss}]}))
 
 
@@ -113,6 +115,15 @@ def test_the_page_of_a_table(tmp_path: Path) -> None:
     Image.open(tmp_path / "report" / "table3.png").verify()
     figures = json.loads((tmp_path / "report" / "table3.json").read_text())
     assert figures["points"][1]["looks"]["eps-lpl-0-ddim15-guidance2"]["figures"]["fid"] == 88.0
+
+
+def test_the_losss_share_is_said_to_be_what_it_is(tmp_path: Path) -> None:
+    """Of min-SNR, whose loss is the denoising term in other weights, there is none."""
+    write_results(tmp_path, ["table6"], {})
+    page = write_pages(tmp_path, tmp_path / "report", ["table6"])[0].read_text()
+    rows = {cells[1]: cells for line in page.splitlines() if (cells := [c.strip() for c in line.split("|")])[2:]}
+    assert [rows[label][-2] for label in ("baseline", "min-SNR", "LPL")] == ["-", "-", "20%"]
+    assert "*Loss's share*: of the whole loss, what is not the denoising term" in page
 
 
 def test_more_is_better_where_it_is(tmp_path: Path) -> None:

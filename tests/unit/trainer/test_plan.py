@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace as changed
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from launch.commands.plan import plan as command
 from ops.bench import scaling_table
 from tests.tiny import tiny
 from trainer.config import LatentDiffusionConfig, RunConfig, replace
-from trainer.config_text import with_overrides
+from trainer.config_text import to_yaml, with_overrides
 from trainer.errors import UserError
 from trainer.flops import Flops
 from trainer.live_tensors import LiveTensors
@@ -27,7 +28,7 @@ from trainer.plan.hardware import GIB, GPUS, Cluster, find_gpu, network_gbit
 from trainer.plan.memory import Layout, checkpoint_bytes, numel, phase_bytes, shard_numel
 from trainer.plan.recipe import RecipeCount, count_recipe
 from trainer.plan.step_time import across_s, ring_s
-from trainer.plan.text import LETTERS, show, to_json
+from trainer.plan.text import BYTES, FLOP, LENGTHS, LETTERS, in_unit, number, show, to_json
 from trainer.recipes import load
 from trainer.tasks.latent_diffusion import TextToImage
 
@@ -196,10 +197,40 @@ def test_text_and_json_say_the_same() -> None:
     tree = json.loads(json.dumps(to_json(plan)))
     for phase in tree["phases"]:
         assert set(phase["memory"]) == set(LETTERS)
-        assert f"{phase['step_s'] * 1e3:.1f}" in out.getvalue()
+        assert number(phase["step_s"] * 1e3, 1) in out.getvalue()
         assert phase["cost"] == pytest.approx(2.0 * phase["gpu_hours"])
         assert 0 < phase["mfu"] < 1
     assert tree["phases"][1]["flops"]["perceptual_loss"] > 0 == tree["phases"][0]["flops"]["perceptual_loss"]
+
+
+def test_a_small_model_is_told_in_small_units() -> None:
+    run, count = tiny_count()
+    plan = make_plan(run, count, Cluster(GPUS["h100"], 2, 8, 400))
+    out = io.StringIO()
+    show(plan, Console(file=out, width=120))
+    told = out.getvalue()
+    assert "P parameters, MiB" in told or "P parameters, KiB" in told
+    assert "FLOP" in told
+    assert "a GPU: model, TFLOP" not in told
+    assert "length, days" not in told
+    rows = [
+        line.replace("│", " ").split()
+        for line in told.splitlines()
+        if line.lstrip().startswith(("P parameters", "a GPU: model", "GPU-hours"))
+    ]
+    assert len(rows) == 3
+    for row in rows:
+        assert all(float(cell) > 0 for cell in row[-len(plan.phases) :]), row
+
+
+def test_units_and_digits() -> None:
+    assert in_unit(3 * GIB, BYTES) == "3.00 GiB"
+    assert in_unit(0.05 * GIB, BYTES) == "51.20 MiB"
+    assert in_unit(2e9, FLOP) == "2.00 GFLOP"
+    assert in_unit(1800.0, LENGTHS) == "0.50 hours"
+    assert in_unit(5.0, LENGTHS) == "5.00 s"
+    assert number(12345.6, 0) == "12,346"
+    assert number(0.0004) == "0.0004"
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input
@@ -213,6 +244,11 @@ def test_text_and_json_say_the_same() -> None:
         (["demo", "--gpus", "3", "--gpu", "h100"], "low_resolution.batch_size: 64"),
         (["autoencoder_kl_f8", "--gpus", "8", "--gpu", "h100"], "task.kind: autoencoder"),
         (["nonesuch", "--gpus", "8", "--gpu", "h100"], "no recipe 'nonesuch'"),
+        (["tests", "--gpus", "8", "--gpu", "h100"], "tests/config.yaml: the config cannot be read"),
+        (
+            ["demo", "--gpus", "8", "--gpu", "h100", "--gpus-per-node", "3"],
+            "--gpus 8: no whole nodes of --gpus-per-node 3; take 6 or 9",
+        ),
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
@@ -220,6 +256,14 @@ def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
     assert isinstance(error, UserError)
     assert message in str(error)
     assert "\n" not in str(error)
+
+
+def test_a_runs_folder_is_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
+    arguments = ["--gpus", "2", "--gpu", "h100", "--json"]
+    found = [CliRunner().invoke(command, [name, *arguments]) for name in (str(tmp_path), f"{tmp_path}/config.yaml")]
+    assert [one.exit_code for one in found] == [0, 0], found[0].output
+    assert found[0].output == found[1].output
 
 
 def test_names_and_speeds_are_read() -> None:

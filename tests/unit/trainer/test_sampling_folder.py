@@ -199,7 +199,7 @@ def test_the_command(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     code, out, _ = loupe(str(captions), *words, "--dry-run")
     assert code == 0
     assert "1 picture of 32 x 64 px: euler, 3 steps, guidance 2, seed 0" in out, "as the run's own sample grids"
-    assert "WARNING: 1 prompts are longer than the text encoder takes" in out
+    assert "WARNING: 1 prompt is longer than the text encoder takes" in out
     assert "would draw 1 of 1 picture" in out
     assert not (tmp_path / "g.png").exists()
     code, _, _ = loupe("run", "--root", str(captions.parent), *words, "--sampler", "dpm-solver", "--steps", "2")
@@ -219,6 +219,17 @@ def test_the_command(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert err.startswith("error: ")
         assert message in err
         assert err.count("\n") == 1
+    (tmp_path / "classes.json").write_text("[1, 2]")
+    for more, message in (
+        (
+            ("--prompt", "dog", "--prompts", str(tmp_path / "classes.json")),
+            "--prompts: class 1 for a model that takes captions",
+        ),
+        (("--classes", "3"), "--classes: class 3 for a model that takes captions"),
+    ):
+        code, _, err = loupe(str(captions), *more, "--per-prompt", "2", "--grid", str(tmp_path / "g.png"))
+        assert code == ExitCode.USAGE
+        assert message in err
     code, _, err = loupe(str(tmp_path), "--prompt", "dog", "--grid", "g.png")
     assert code == ExitCode.USAGE
     assert "no run there" in err

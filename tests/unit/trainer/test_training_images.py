@@ -254,7 +254,7 @@ def test_what_the_config_refuses(tmp_path: Path, more: str, overrides: tuple[str
     [
         ("num_samples: 10, allow_few: false", "image_evaluation.metrics fid: 10 generated and 60 real images for 48 features "
          "of blocks: with no more images than features the distance is too large; take 49 or more, give "
-         "image_evaluation.allow_few=true, or name other metrics"),
+         "image_evaluation.allow_few=true, or image_evaluation.metrics kid,precision,recall,density,coverage,spectrum"),
         ("metrics: [clip_score]", "image_evaluation.metrics: clip_score needs image_evaluation.networks clip=FOLDER"),
         ("reference: nowhere", "image_evaluation: nowhere: no such folder"),
         ("prompts: nothing.txt", "image_evaluation.prompts: nothing.txt cannot be read"),

@@ -14,7 +14,6 @@ from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.evaluate.features.networks import LoadedNetwork
-    from trainer.evaluate.image_sets import ImageSet
     from trainer.evaluate.images_run import Evaluation
     from trainer.evaluate.judged_sets import Judging
 
@@ -113,9 +112,8 @@ def check_there(argument: str, url: str) -> None:
 
 
 def check_enough(
-    generated: int, real: "ImageSet", reference_count: int | None, networks: "Sequence[LoadedNetwork]", chosen: Sequence[str],
-    *, allow_few: bool,
-) -> None:  # fmt: skip
+    generated: int, real: int, networks: "Sequence[LoadedNetwork]", chosen: Sequence[str], *, allow_few: bool
+) -> None:
     """`check_counts` before a picture is drawn or seen by a network.
 
     Raises:
@@ -124,7 +122,29 @@ def check_enough(
     from trainer.evaluate.image_measures import check_counts
 
     dimensions = {network.name: network.network.dimensions for network in networks}
-    check_counts(generated, min(reference_count or len(real), len(real)), dimensions, chosen, allow_few=allow_few)
+    check_counts(generated, real, dimensions, chosen, allow_few=allow_few)
+
+
+@contextmanager
+def claimed(out: str, process: Process, *, overwrite: bool, dry_run: bool, made: Sequence[str] = ()) -> Iterator[Path]:
+    """`images_run.claim`. Where what follows is refused, a folder that was made here goes again, unless work is in it.
+
+    Args:
+        made: files that are no work.
+    """
+    from trainer.evaluate.images_run import claim
+
+    ranks = process.judging.ranks
+    was_there = ranks.on_rank_0(lambda: os.path.exists(out))
+    folder = ranks.on_rank_0(lambda: claim(out, overwrite=overwrite, dry_run=dry_run))
+    try:
+        yield folder
+    except UserError:
+        if not was_there and ranks.rank == 0 and folder.is_dir() and {p.name for p in folder.iterdir()} <= set(made):
+            for name in made:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+        raise
 
 
 def load_networks(words: Sequence[str], sums: Sequence[str], judging: "Judging") -> "list[LoadedNetwork]":

@@ -1,5 +1,6 @@
 """`loupe evaluate images`."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -8,6 +9,7 @@ from trainer.errors import ExitCode
 from trainer.evaluate.commands.common import (
     check_enough,
     check_there,
+    claimed,
     load_networks,
     measuring_options,
     process,
@@ -43,30 +45,41 @@ def images(generated: str, real: str, out: str, size: int | None, count: int | N
     check_there("GENERATED", generated)
     check_there("REAL", real)
     from trainer.evaluate.image_sets import ImageSet, uniform_size
-    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, finished, write
+    from trainer.evaluate.images_run import (
+        Settings,
+        cache_of,
+        evaluate_images,
+        finished,
+        more_than_there,
+        write,
+    )
     from trainer.evaluate.judged_sets import Stopped
 
     metrics = tuple(name.strip() for name in (options["metrics"] or "").split(",") if name.strip())
-    with process(options["device"], options["batch_size"]) as here:
+    with process(options["device"], options["batch_size"]) as here, ExitStack() as stack:
         ranks = here.judging.ranks
         made, truth = ranks.on_all(lambda: (ImageSet(generated), ImageSet(real)))
         side = ranks.on_rank_0(lambda: size or uniform_size(made, "--size"))
+        taken, of_real = min(count or len(made), len(made)), min(options["reference_count"] or len(truth), len(truth))
         settings = Settings(
-            side, options["resize"], metrics, count, options["reference_count"], options["seed"], options["batch_size"],
-            options["resamples"], options["allow_few"],
+            side, options["resize"], metrics, taken, of_real, options["seed"], options["batch_size"], options["resamples"],
+            options["allow_few"],
         )  # fmt: skip
         networks = load_networks(options["networks"], options["sums"], here.judging)
         chosen = settings.chosen([n.name for n in networks], has_prompts=made.prompt(0) is not None)
-        taken = min(count or len(made), len(made))
-        check_enough(taken, truth, settings.reference_count, networks, chosen, allow_few=settings.allow_few)
-        folder = ranks.on_rank_0(lambda: claim(out, overwrite=options["overwrite"], dry_run=options["dry_run"]))
+        check_enough(taken, of_real, networks, chosen, allow_few=settings.allow_few)
         cache = ranks.on_rank_0(lambda: cache_of(options["cache"]))
+        folder = stack.enter_context(claimed(out, here, overwrite=options["overwrite"], dry_run=options["dry_run"]))
+        for line in (
+            *more_than_there("--count", count, len(made), generated),
+            *more_than_there("--reference-count", options["reference_count"], len(truth), real),
+        ):
+            here.warn(line)
         if not options["overwrite"] and ranks.on_rank_0(
             lambda: tell_finished(finished(folder, made, truth, settings, networks), folder, here)
         ):
             return int(ExitCode.DONE)
         if options["dry_run"]:
-            of_real = min(settings.reference_count or len(truth), len(truth))
             here.say(f"{taken} of {len(made)} generated images, {of_real} of {len(truth)} real ones, at {side} px")
             for network in networks:
                 about = network.numbers()

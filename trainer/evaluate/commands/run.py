@@ -1,6 +1,7 @@
 """`loupe evaluate run`."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -11,19 +12,23 @@ from trainer.errors import ExitCode, UserError
 from trainer.evaluate.commands.common import (
     check_enough,
     check_there,
+    claimed,
     load_networks,
     measuring_options,
     process,
     tell,
     tell_finished,
 )
+from trainer.run_names import run_or_checkpoint
 from trainer.sampling.options import Options
-from trainer.sampling.prompts import check_words, read_prompts
+from trainer.sampling.prompts import check_kinds, check_words, num_classes_of, read_prompts
 from trainer.sampling.source import check_weights
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("source", metavar="RUN|CHECKPOINT")
+@click.option("--root", "roots", multiple=True, metavar="URL", show_default=False, help="Where RUN is looked for.  [default: "
+              "$LOUPE_RUNS, or runs]")  # fmt: skip
 @click.option("--reference", metavar="IMAGES", show_default=False, help="Real images: a dataset of `loupe data build`, whose "
               "captions are drawn; or a folder, with --prompts.  [default: the run's held-out images, or else what it trains "
               "on]")  # fmt: skip
@@ -51,11 +56,12 @@ from trainer.sampling.source import check_weights
 @click.option("--record/--no-record", default=True, help="Write the figures into the run's folder too, for its report.")
 @measuring_options
 def run(
-    source: str, reference: str | None, out: str, prompts: str | None, count: int | None, weights: str, sampler: str | None,
-    steps: int | None, guidance: float | None, guidance_interval: tuple[float, float] | None,
+    source: str, roots: tuple[str, ...], reference: str | None, out: str, prompts: str | None, count: int | None, weights: str,
+    sampler: str | None, steps: int | None, guidance: float | None, guidance_interval: tuple[float, float] | None,
     guidance_rescale: float | None, noise_seed: int, size: int | None, lot: int | None, record: bool, **options: Any,
 ) -> int:  # fmt: skip
-    """Draw pictures with the model of RUN for the captions of real images, and measure them against those.
+    """Draw pictures with the model of RUN for the captions of real images, and measure them against those. RUN: a run folder,
+    its URL, or its name below a root; or one of its checkpoints.
 
     First OUT/samples is drawn, as by `loupe sample`, then measured, as by `loupe evaluate images`; both go on where they ended
     when the same command is given again, after a kill or SIGTERM, upon which it ends with 75. Ranks, started by torchrun,
@@ -73,6 +79,7 @@ def run(
     if prompts is not None and count is not None:
         raise UserError("--count: goes without --prompts; the file says how many there are")
     # before what takes seconds to import
+    source = run_or_checkpoint(source.rstrip("/"), roots)
     asked = Options(
         source, weights, sampler=sampler, steps=steps, guidance=guidance,
         guidance_interval=guidance_interval, guidance_rescale=guidance_rescale, seed=noise_seed,
@@ -86,13 +93,22 @@ def run(
         check_words((), (prompts,), ())
 
     from trainer.evaluate.image_sets import ImageSet, uniform_size
-    from trainer.evaluate.images_run import Settings, cache_of, claim, evaluate_images, finished, write
+    from trainer.evaluate.images_run import (
+        Settings,
+        cache_of,
+        evaluate_images,
+        finished,
+        more_than_there,
+        write,
+    )
     from trainer.evaluate.judged_sets import Stopped
     from trainer.evaluate.samples_run import (
         PROMPTS,
         SAMPLES,
+        drawn_again,
         model_numbers,
         open_reference,
+        prompt_numbers,
         prompts_of,
         takes_classes,
         write_prompts,
@@ -103,19 +119,12 @@ def run(
 
     metrics = tuple(name.strip() for name in (options["metrics"] or "").split(",") if name.strip())
     dry_run = options["dry_run"]
-    with process(options["device"], options["batch_size"]) as here:
+    with process(options["device"], options["batch_size"]) as here, ExitStack() as stack:
         judging, ranks = here.judging, here.judging.ranks
         truth = ranks.on_all(lambda: open_reference(reference, opened(source).config))
         networks = load_networks(options["networks"], options["sums"], judging)
         cache = ranks.on_rank_0(lambda: cache_of(options["cache"]))
-        folder = ranks.on_rank_0(lambda: claim(out, overwrite=options["overwrite"], dry_run=dry_run))
-
-        def settings_at(side: int) -> Settings:
-            return Settings(
-                side, options["resize"], metrics, None, options["reference_count"], options["seed"], options["batch_size"],
-                options["resamples"], options["allow_few"],
-            )  # fmt: skip
-
+        of_real = min(options["reference_count"] or len(truth), len(truth))
         wanted = ranks.on_rank_0(
             lambda: (
                 read_prompts(prompts)
@@ -123,11 +132,26 @@ def run(
                 else prompts_of(truth, count, options["seed"], classes=takes_classes(source))
             )
         )
+        if prompts is not None:
+            ranks.on_rank_0(lambda: check_kinds(wanted, num_classes_of(opened(source).config), lambda i: "--prompts"))
+
+        def settings_at(side: int) -> Settings:
+            return Settings(
+                side, options["resize"], metrics, len(wanted), of_real, options["seed"], options["batch_size"],
+                options["resamples"], options["allow_few"],
+            )  # fmt: skip
+
         captioned = all(isinstance(prompt, str) for prompt in wanted)
         chosen = settings_at(16).chosen([n.name for n in networks], has_prompts=captioned)
-        check_enough(
-            len(wanted), truth, options["reference_count"], networks, chosen, allow_few=options["allow_few"]
-        )  # fmt: skip
+        check_enough(len(wanted), of_real, networks, chosen, allow_few=options["allow_few"])
+        folder = stack.enter_context(
+            claimed(out, here, overwrite=options["overwrite"], dry_run=dry_run, made=(PROMPTS,))
+        )
+        for line in (
+            *drawn_again("--count", count, truth),
+            *more_than_there("--reference-count", options["reference_count"], len(truth), truth.url),
+        ):
+            here.warn(line)
         asked = replace(
             asked, prompts=tuple(p for p in wanted if isinstance(p, str)) if dry_run else (),
             files=() if dry_run else (str(folder / PROMPTS),),
@@ -139,7 +163,7 @@ def run(
             asked, judging.device, world=judging.world, stop=judging.stop, say=here.say, progress=judging.progress
         )
         if dry_run:
-            here.say(f"would measure {', '.join(chosen)} against {len(truth)} real images into {folder}")
+            here.say(f"would measure {', '.join(chosen)} against {of_real} real images into {folder}")
         if dry_run or code != ExitCode.DONE:
             return int(code)
         made = ranks.on_all(lambda: ImageSet(str(folder / SAMPLES)))
@@ -153,7 +177,7 @@ def run(
         try:
             found = evaluate_images(
                 made, truth, settings, networks, judging, out=folder, cache=cache,
-                more={"kind": "run", "model": model},
+                more={"kind": "run", "model": model, "prompts": prompt_numbers(wanted)},
             )  # fmt: skip
         except Stopped:
             here.say("stopped; the same command goes on")
