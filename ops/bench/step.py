@@ -4,7 +4,7 @@ side in one process.
     python -m ops.bench.step [--recipe demo] [--resolution 64] [--batch-size 64] [--repeats 20] [--compile]
 
 The peer is diffusers' `SD3Transformer2DModel` with our weights, autocast to bf16 on a GPU, scaled-dot-product attention, fused
-AdamW, clipping, diffusers' `EMAModel`, the same frozen autoencoder and a copy of the same text encoder, compiled whole with
+AdamW, clipping, diffusers' `EMAModel`, copies of the frozen autoencoder and of the text encoder, compiled whole with
 `--compile`. Ours is the trainer's step. First both take three steps with equal draws, whose losses must agree; then they are
 timed in turns, so that noise of the machine falls on both. On a CPU, seconds are the processor's.
 """
@@ -107,6 +107,7 @@ class DiffusersLoop:
         self._model.load_state_dict(state)
         self._model.to(device).train()
         self._text: Any = copy.deepcopy(ours.task.module.text)
+        self._vae: Any = copy.deepcopy(ours.task.codec.vae).to(memory_format=torch.contiguous_format)
         self._ours, self._device = ours, device
         self._parameters = [*self._model.parameters(), *(self._text.parameters() if self._text is not None else [])]
         config = ours.config.optim
@@ -122,7 +123,7 @@ class DiffusersLoop:
         paradigm = ours.paradigm(batch.resolution)
         images = pixels_to_images(batch.images_BCHW.to(device, non_blocking=True))
         with torch.no_grad(), autocast(device):
-            z0 = ours.codec.encode(images).float()
+            z0 = ours.codec.raw_to_scaled(self._vae.encode(images).latent_dist.mode()).float()
         if equal_draws:
             t_B = paradigm.sample_t(ours._timestep_draws(positions, self._ours._step)).to(device)
             noise = normal(ours._run.seed, positions, "noise", z0.shape[1:], device=device)

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Adaptive layer norm's affine part (Peebles & Xie 2023)."""
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+    return torch.addcmul(shift_BD[:, None], x_BND, 1 + scale_BD[:, None])
+
+
+def gated(x_BND: Tensor, gate_BD: Tensor, branch_BND: Tensor) -> Tensor:
+    """Residual stream plus a gated branch, in one pass over both."""
+    return torch.addcmul(x_BND, gate_BD[:, None], branch_BND)
 
 
 def timestep_features(t_B: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:

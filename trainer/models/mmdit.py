@@ -23,6 +23,7 @@ from trainer.models.layers import (
     Axis,
     attention,
     cropped_axes,
+    gated,
     modulate,
     rotary_positions,
     sincos_positions,
@@ -75,12 +76,12 @@ class Stream(nn.Module):
         self, x_BSD: Tensor, attended_BSD: Tensor, rest: list[Tensor], rotation_2NK: Tensor | None = None
     ) -> Tensor:
         gate1, shift, scale, gate2, *of_dual = rest
-        out_BSD = x_BSD + gate1[:, None] * self.out(attended_BSD)
+        out_BSD = gated(x_BSD, gate1, self.out(attended_BSD))
         if self.dual is not None:
             dual_shift, dual_scale, dual_gate = of_dual
             among_image = self.dual(modulate(self.norm1(x_BSD), dual_shift, dual_scale), rotation_2NK)
-            out_BSD = out_BSD + dual_gate[:, None] * among_image
-        return out_BSD + gate2[:, None] * self.mlp(modulate(self.norm2(out_BSD), shift, scale))
+            out_BSD = gated(out_BSD, dual_gate, among_image)
+        return gated(out_BSD, gate2, self.mlp(modulate(self.norm2(out_BSD), shift, scale)))
 
 
 class JointBlock(nn.Module):
@@ -126,8 +127,8 @@ class SharedBlock(nn.Module):
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation_B6D + self.modulation_table).unbind(dim=1)
         qkv: tuple[Tensor, Tensor, Tensor] = self.qkv(modulate(self.norm1(x_BSD), shift1, scale1), rotation_2SK)
-        x_BSD = x_BSD + gate1[:, None] * self.out(attention(*qkv, mask_BS))
-        return x_BSD + gate2[:, None] * self.mlp(modulate(self.norm2(x_BSD), shift2, scale2))
+        x_BSD = gated(x_BSD, gate1, self.out(attention(*qkv, mask_BS)))
+        return gated(x_BSD, gate2, self.mlp(modulate(self.norm2(x_BSD), shift2, scale2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
