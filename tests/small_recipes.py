@@ -94,7 +94,9 @@ def cut(name: str, root: Path) -> RunConfig:
         phases=phases,
         init_from=_init_from(run.init_from, task.codec.latent_channels, model, text, root),
         optim=replace(run.optim, warmup_steps=1),
-        parallel=replace(run.parallel, compile=False),  # has tests of its own, and takes a minute a recipe here
+        parallel=replace(
+            run.parallel, compile=False, shard_one_rank=True
+        ),  # has tests of its own, and takes a minute a recipe here
         metrics=replace(run.metrics, every_steps=1),
         samples=replace(run.samples, num_steps=2, count=2, prompts=()) if run.samples else None,
         prompt_accuracy=None,

@@ -29,8 +29,8 @@ class Actions:
     """Given where the run is, and the step of its newest checkpoint, when it has one more or has been restored from it."""
     name_of_shard: Callable[[str, int], str] = lambda dataset, shard: f"shard {shard} of {dataset}"
     """Given the dataset's name and the shard's number; for messages."""
-    after_step: Sequence[Callable[[int], None]] = ()
-    """At once after every step, before it is reported or saved."""
+    after_step: Callable[[int], None] = lambda step: None
+    """At once after every step, `step` of them done, before it is reported or saved; in no step's time."""
 
     def due(self, step: int, total_steps: int) -> list[Callable[[int], None]]:
         """After `step` steps of all."""

@@ -4,28 +4,41 @@ Left alone it stops a process for tens of milliseconds at a time of its own, and
 """
 
 import gc
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EVERY_STEPS = 50
 
 
 class GarbageCollection:
-    """Within, nothing is collected but in `end_step`. What the start has made, modules and functions for the most part, is
-    looked at once and never again: `gc.freeze`."""
+    """Nothing is collected within `held` but in `end_step`. What the start has made, modules and functions for the most part,
+    is looked at once and never again: `gc.freeze`."""
 
-    def __enter__(self) -> "GarbageCollection":
-        self._was_enabled, self._steps = gc.isenabled(), 0
+    def __init__(self) -> None:
+        self._steps = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        was_enabled, self._steps = gc.isenabled(), 0
         gc.disable()
-        return self
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            if was_enabled:
+                gc.enable()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        gc.unfreeze()
-        if self._was_enabled:
-            gc.enable()
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        """Within `held`, where no step waits: what takes long may leave much."""
+        gc.enable()
+        try:
+            yield
+        finally:
+            gc.disable()
+            gc.collect()
 
-    def end_step(self, step: int) -> None:
+    def end_step(self) -> None:
         if self._steps % EVERY_STEPS == 0:
             gc.collect()
         if self._steps == 0:

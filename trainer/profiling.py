@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from trainer.stage_times import OUTSIDE
 from trainer.trace_summary import Interval, Span, page, summarise
 
 FOLDER = "profile"
-_COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")
-_WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_NCCL_KERNELS = ("ncclDevKernel", "ncclKernel")
+_GLOO = "gloo:"
+_READ = "aten::_local_scalar_dense"
+_SYNCHRONIZE = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _STAGE = "stage:"
 
 
@@ -39,15 +41,31 @@ class Profiler:
         self._done = config is None
 
     def end_step(self, step: int) -> None:
-        """After a step, `step` of the run. On every rank: those that write none wait in their next collective."""
+        """After a step, `step` of the run. On every rank."""
         self._steps += 1
-        if self._done or self._world.rank not in self._config.ranks:
+        if self._done:
             return
         after = self._steps - self._config.after_steps
-        if after == 0:
-            self._begin()
+        traces = self._world.rank in self._config.ranks
+        if after == 0 and traces:
+            self._try(self._begin)
         elif after == self._config.num_steps:
-            self._end(step)
+            self._done = True
+            with self._stages(OUTSIDE):
+                # minutes for a long window; no rank is to be taken for one that hangs
+                self._activity.doing("writing the profile", "other")
+                if self._profile is not None:
+                    self._try(partial(self._end, step))
+                self._world.barrier()
+
+    def _try(self, part: Callable[[], None]) -> None:
+        """No run ends for the want of a trace."""
+        try:
+            part()
+        except Exception as e:
+            self._stages.annotate(None)
+            self._profile = None
+            self._note(f"WARNING: the profile is not written ({one_line(e)})")
 
     def close(self) -> None:
         """The steps end: a window that is open is none."""
@@ -55,7 +73,7 @@ class Profiler:
             self._stages.annotate(None)
             self._profile.stop()
         last = self._config.after_steps + self._config.num_steps
-        if not self._done and self._steps < last and self._world.is_main:
+        if not self._done and 0 < self._steps < last and self._world.is_main:
             self._note(f"profile: none, as this start took {self._steps} steps and its window ends after {last}; lower "
                        "profile.after_steps or profile.num_steps")  # fmt: skip
         self._profile, self._done = None, True
@@ -72,35 +90,26 @@ class Profiler:
         self._stages.annotate(lambda stage: record_function(f"{_STAGE}{stage}"))
 
     def _end(self, step: int) -> None:
-        profile, self._profile, self._done = self._profile, None, True
-        self._stages.annotate(None)
+        profile, self._profile = self._profile, None
         if self._world.device.type == "cuda":
-            torch.cuda.synchronize()
-        with self._stages(OUTSIDE):
-            profile.stop()
-            self._activity.doing("writing the profile", "other")
-            try:
-                self._write(profile, step)
-            except Exception as e:  # no run ends for the want of a trace
-                self._note(f"WARNING: the profile is not written ({one_line(e)})")
-
-    def _write(self, profile: Any, step: int) -> None:
-        count, rank = self._config.num_steps, self._world.rank
+            torch.cuda.synchronize()  # within the last stage, whose end is the window's
+        self._stages.annotate(None)
+        profile.stop()
+        count, rank, cuda = self._config.num_steps, self._world.rank, self._world.device.type == "cuda"
         name = f"{FOLDER}/step-{step:08d}-rank-{rank}"
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "trace.json.gz")
             profile.export_chrome_trace(path)
             with open(path, "rb") as file:
                 self._folder.write_bytes(f"{name}.json.gz", file.read())
-        spans = list(spans_of(profile.events()))
+        spans = list(spans_of(profile.events(), cuda=cuda))
         summary = summarise(spans, _window(spans), count)
-        cuda = self._world.device.type == "cuda"
         device = torch.cuda.get_device_name() if cuda else f"a CPU, {torch.get_num_threads()} thread(s)"
-        title = f"Steps {step - count + 1} to {step}, rank {rank} of {self._world.size}"
+        title = f"{count} steps up to step {step}, rank {rank} of {self._world.size}"
         self._folder.write_text(f"{name}.md", page(summary, title, device, f"{os.path.basename(name)}.json.gz"))
         self._note(
-            f"profile of steps {step - count + 1} to {step}: {self._folder.url}/{name}.md and .json.gz "
-            f"({summary.step_ms:.1f} ms a step, {summary.idle:.0%} idle, {summary.exposed_ms:.1f} ms of communication exposed)"
+            f"profile of {title}: {self._folder.url}/{name}.md and .json.gz ({summary.step_ms:.1f} ms a step, "
+            f"{summary.idle:.0%} idle, {summary.exposed_ms:.1f} ms of communication exposed)"
         )
 
 
@@ -110,23 +119,22 @@ def _window(spans: list[Span]) -> Interval:
     return min(span.begin for span in stages), max(span.end for span in stages)
 
 
-def spans_of(events: Any) -> Iterator[Span]:
-    """Of torch's `FunctionEvent`s."""
+def spans_of(events: Any, *, cuda: bool) -> Iterator[Span]:
+    """Of torch's `FunctionEvent`s. `cuda`: of a step on a GPU, where a wait is CUDA's; on a CPU it is a value that is read."""
     for event in events:
         name, begin, end = event.name, event.time_range.start, event.time_range.end
         on_device = event.device_type != torch.autograd.DeviceType.CPU
         if name.startswith(_STAGE):
             if not on_device:
                 yield Span(name.removeprefix(_STAGE), begin, end, "stage")
-        elif name.startswith(_COLLECTIVES):
-            if on_device or name.startswith("gloo:"):
-                yield Span(name, begin, end, "communication")
+        elif name.startswith(_GLOO) or (on_device and name.startswith(_NCCL_KERNELS)):
+            yield Span(name, begin, end, "communication")
         elif event.is_user_annotation or event.is_async:
             continue
         elif on_device:
             yield Span(name, begin, end, "device", own=end - begin)
         else:
-            if name in _WAITS:
+            if name in _SYNCHRONIZE if cuda else name == _READ:
                 yield Span(name, begin, end, "wait")
             if not name.startswith("c10d::"):  # queues a collective, or on a CPU runs it
                 yield Span(name, begin, end, "host", own=event.self_cpu_time_total)

@@ -29,7 +29,6 @@ from trainer.evaluate.sampling import sample_prompts
 from trainer.evaluate.validation import Validation
 from trainer.exporter import Exporter
 from trainer.flops import StepFlops
-from trainer.garbage import GarbageCollection
 from trainer.goodput import Ledger
 from trainer.goodput_keeper import GoodputKeeper
 from trainer.parallel.apply import compile_seconds, parallelize
@@ -179,9 +178,8 @@ class Run:
         )
         told = world, folder, self.trainer.reports, self.activity, stop
         self.images = ImageAction(images, *told) if images else None
-        self._garbage = GarbageCollection()
         self._profiler = Profiler(config.profile, world, folder, self.trainer.reports, self.activity)
-        self.trainer.actions.after_step = self._garbage.end_step, self._profiler.end_step
+        self.trainer.actions.after_step = self._profiler.end_step
         if world.is_main and config.metrics.sinks:
             self.trainer.reports.sinks = Sinks(config, folder, self.exporter, self.trainer.reports.note)
         self.start.lap("model")
@@ -279,9 +277,7 @@ class Run:
             if self.images:
                 self.images.begin()
                 self.start.lap("data")
-            with self._garbage:
-                code = self.trainer.fit(self._make_loader)
-            self._profiler.close()
+            code = self.trainer.fit(self._make_loader)
             # samples and figures take longer than a step
             self.activity.doing("ending", "other")
             if code is ExitCode.DONE:
@@ -289,6 +285,7 @@ class Run:
         except Interrupted:
             code = ExitCode.REQUEUE
         finally:
+            self._profiler.close()
             self.serving.withdraw()
             if self.trainer.reports.sinks:
                 self.trainer.reports.sinks.close()

@@ -47,14 +47,16 @@ def length(intervals: Iterable[Interval]) -> float:
 def without(these: Iterable[Interval], those: Iterable[Interval]) -> list[Interval]:
     """What of `these` no one of `those` covers."""
     left: list[Interval] = []
-    covers = union(those)
+    covers, i = union(those), 0
     for begin, end in union(these):
-        for cover_begin, cover_end in covers:
-            if cover_end <= begin or cover_begin >= end:
-                continue
-            if cover_begin > begin:
-                left.append((begin, cover_begin))
-            begin = max(begin, cover_end)
+        while i < len(covers) and covers[i][1] <= begin:
+            i += 1
+        j = i
+        while j < len(covers) and covers[j][0] < end:
+            if covers[j][0] > begin:
+                left.append((begin, covers[j][0]))
+            begin = max(begin, covers[j][1])
+            j += 1
         if begin < end:
             left.append((begin, end))
     return left

@@ -23,6 +23,7 @@ from trainer.ema_snapshots import Snapshots
 from trainer.errors import ExitCode, UserError
 from trainer.exporter import Exporter
 from trainer.flops import StepFlops
+from trainer.garbage import GarbageCollection
 from trainer.goodput import Ledger
 from trainer.metrics import Stopwatch
 from trainer.micro_batches import split
@@ -70,6 +71,7 @@ class Trainer:
         self._roll_back_due = False
         self._gradient_norm = float("nan")
         self._to_device = DeviceCopy(world.device)
+        self._garbage = GarbageCollection()
         self.start = start or StartTimes()
         self.activity = activity or Activity(Watchdog(None, None), Ledger(), world.device)
         sharded = [task.module, *(module for module, _ in task.frozen_sharded())]
@@ -107,8 +109,9 @@ class Trainer:
                 return self._train(loader)
 
         try:
-            while (code := train()) is None:
-                self._roll_back()
+            with self._garbage.held():
+                while (code := train()) is None:
+                    self._roll_back()
         except BaseException as e:
             if isinstance(e, WorkerDied) and self.actions.on_worker_death:
                 self.actions.on_worker_death(str(e))
@@ -149,11 +152,11 @@ class Trainer:
             if self.start.running or self._report_is_due(plan) or self._save_is_due(plan) or snapshot_is_due:
                 # The wait for the device belongs to the steps. And what a roll back leaves behind is not saved first.
                 self._resolve_pending()
+            self._garbage.end_step()
             self._count(batch, plan, waited, watch.lap())
             self.stages.end_step()
             self.start.end("first_step")
-            for tell in self.actions.after_step:
-                tell(self.progress.step)
+            self.actions.after_step(self.progress.step)
             waited = 0.0
             if self._roll_back_due:
                 return None
@@ -331,7 +334,7 @@ class Trainer:
         """Samples or evaluation; False where a request to stop has ended them midway."""
         self.activity.doing("drawing samples or evaluating", "other")
         try:
-            with self.stages(OUTSIDE), self.averaged():
+            with self.stages(OUTSIDE), self._garbage.by_itself(), self.averaged():
                 for action in actions:
                     action(self.progress.step)
         except Interrupted:

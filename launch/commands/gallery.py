@@ -1,5 +1,6 @@
 """`loupe gallery`: a page that draws with one or two runs, also while they train."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -50,6 +51,7 @@ def gallery(
     from trainer.gallery.gallery import Gallery
     from trainer.gallery.live_run import LiveRun
     from trainer.gallery.server import is_loopback, listening, server_of
+    from trainer.run_folder import CHECKPOINTS
     from trainer.run_names import run_or_checkpoint
 
     place, loopback = choose_device(device), is_loopback(host)
@@ -61,7 +63,9 @@ def gallery(
         runs = []
         for number, source in enumerate(sources):
             named = source.rstrip("/")
-            url = named if NAME.fullmatch(named.rpartition("/")[2]) else run_or_checkpoint(named, roots)
+            parent, _, name = named.rpartition("/")
+            alone = NAME.fullmatch(name) and os.path.basename(parent) != CHECKPOINTS  # a copy outside of its run
+            url = named if alone else run_or_checkpoint(named, roots)
             runs.append(LiveRun(url, place, weights=weights[number % len(weights)]))
             click.echo(runs[-1].title)
         name = f"[{host}]" if ":" in host else host

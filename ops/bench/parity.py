@@ -11,49 +11,65 @@ Ends with 1 where the first ten steps are more than --tolerance apart, or the me
 """
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from trainer.config import CODE_ROOT, replace
-from trainer.config_text import to_yaml, with_overrides
-from trainer.phases import Schedule
-from trainer.recipes import load
+from trainer.config import CODE_ROOT
 from trainer.run_folder import RunFolder
 
 FIRST = 10
 OF_SPREAD = 0.2
 
 
-def losses(
-    code: str, recipe: str, overrides: Sequence[str], steps: int, batch_size: int, seed: int, folder: Path
-) -> list[float]:
-    """Of each step of the recipe's last phase, trained from scratch by the code in a folder."""
-    config = with_overrides(load(recipe), (
+_CONFIG = """
+import sys
+from trainer.config import replace
+from trainer.config_text import to_yaml, with_overrides
+from trainer.recipes import load
+recipe, steps, batch_size, *overrides = sys.argv[1:]
+config = with_overrides(load(recipe), overrides)
+phase = replace(config.phases[-1], steps=int(steps), batch_size=int(batch_size), learning_rate=2e-4)
+print(to_yaml(replace(config, phases=(phase,))))
+"""
+"""By each version's own code: a config names all fields, and an older version does not know the newer ones."""
+
+
+@dataclass(frozen=True)
+class Version:
+    code: str
+    """Its folder."""
+    overrides: tuple[str, ...] = ()
+
+
+def losses(version: Version, recipe: str, steps: int, batch_size: int, seed: int, folder: Path) -> list[float]:
+    """Of each step of the recipe's last phase, trained from scratch.
+
+    Raises:
+        SystemExit: a loss is not finite.
+    """
+    overrides = (
         "samples=null", "prompt_accuracy=null", "validation=null", "metrics.every_steps=1", f"checkpoint.every_steps={steps}",
-        "optim.warmup_steps=10", "parallel.num_threads=1", "data.num_workers=0", f"seed={seed}", *overrides,
-    ))  # fmt: skip
-    phase = replace(config.phases[-1], steps=steps, batch_size=batch_size, learning_rate=2e-4)
-    config = replace(config, phases=(phase,))
-    assert Schedule(config.phases).total_steps == steps
+        "optim.warmup_steps=10", "parallel.num_threads=1", "data.num_workers=0", f"seed={seed}", *version.overrides,
+    )  # fmt: skip
     folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": code, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.train",
-        "--config",
-        str(folder / "config.yaml"),
-        "--run-dir",
-        str(folder / "run"),
-    ]
-    subprocess.run(command, env=environment, cwd=code, check=True, stdout=subprocess.DEVNULL)
-    return [record["loss"]["loss"] for record in RunFolder(str(folder / "run")).metrics()]
+    environment = {**os.environ, "PYTHONPATH": version.code, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    run = partial(subprocess.run, env=environment, cwd=version.code, check=True, stdout=subprocess.PIPE, text=True)
+    text = run([sys.executable, "-c", _CONFIG, recipe, str(steps), str(batch_size), *overrides]).stdout
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    run([sys.executable, "-m", "trainer.train", "--config", f"{folder}/config.yaml", "--run-dir", f"{folder}/run"])
+    found = [record["loss"]["loss"] for record in RunFolder(f"{folder}/run").metrics()]
+    if len(found) != steps or not all(map(math.isfinite, found)):
+        raise SystemExit(
+            f"seed {seed} in {version.code}: {len(found)} losses of {steps} steps, or one that is not finite"
+        )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.against and not options.changed:
         parser.error("name another version: --against REVISION, or --set FIELD=VALUE")
+    if options.seeds < 2:
+        parser.error("--seeds: two at least, whose spread is the measure")
     with tempfile.TemporaryDirectory() as name:
         folder, other = Path(name), str(CODE_ROOT)
         if options.against:
@@ -87,20 +105,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace, folder: Path, other: str) -> int:
     last = max(1, options.steps // 4)
+    versions = Version(str(CODE_ROOT), tuple(options.changed)), Version(other)
     means: list[tuple[float, float]] = []
     worst = 0.0
     print(f"{'seed':>4s} {'step 1':>9s} {f'1 to {FIRST}':>9s} {'mean loss of the end, here and there':>38s}")
     for seed in range(options.seeds):
-        of = options.recipe, options.steps, options.batch_size
-        here = losses(str(CODE_ROOT), of[0], options.changed, *of[1:], seed, folder / f"here-{seed}")
-        there = losses(other, of[0], [], *of[1:], seed, folder / f"there-{seed}")
+        here, there = (
+            losses(version, options.recipe, options.steps, options.batch_size, seed, folder / f"{name}-{seed}")
+            for name, version in zip(("here", "there"), versions, strict=True)
+        )
         apart = [abs(a / b - 1) for a, b in zip(here, there, strict=True)]
         worst = max(worst, *apart[:FIRST])
         means.append((statistics.mean(here[-last:]), statistics.mean(there[-last:])))
         print(
             f"{seed:4d} {apart[0]:9.1e} {max(apart[:FIRST]):9.1e} {means[-1][0]:18.6f} {means[-1][1]:18.6f}", flush=True
         )
-    spread = statistics.stdev(there for _, there in means) if len(means) > 1 else float("nan")
+    spread = statistics.stdev(there for _, there in means)
     difference = statistics.mean(here - there for here, there in means)
     print(f"means differ by {difference:+.2e} on average; seeds by {spread:.2e} (standard deviation)")
     return int(worst > options.tolerance or abs(difference) > OF_SPREAD * spread)

@@ -215,7 +215,8 @@ def measure(
         codec=published_codec(config.task.codec, narrow=narrow),
         text=RandomText(text, device) if isinstance(text, FrozenTextConfig) else None,
     )
-    parallelize(task.module, task.sharding_units(), world, config.parallel)
+    # as each of many ranks does it: what it gathers is in the peak
+    parallelize(task.module, task.sharding_units(), world, replace(config.parallel, shard_one_rank=True))
     task.module.train()
     optimizer = optim.build_optimizer(task.module, config.optim)
     ema = EMA(task.module, offload=config.ema.offload)

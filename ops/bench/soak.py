@@ -188,8 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = tuple(options.overrides)
     if options.profile:
         turns = {"without": overrides, "with": ("profile={after_steps: 2, num_steps: 2}", *overrides)}
-        found = {name: [processor_ms(in_processes(options.steps, options.ranks, these)) for _ in range(3)]
-                 for name, these in turns.items()}  # fmt: skip
+        found: dict[str, list[float]] = {name: [] for name in turns}
+        for _ in range(3):
+            for name, these in turns.items():
+                found[name].append(processor_ms(in_processes(options.steps, options.ranks, these)))
         medians = {name: statistics.median(ms) for name, ms in found.items()}
         print(f"profile, its window over: {(medians['with'] - medians['without']) / (1e3 * STEP_S):+.3%} of a step of 100 ms; "
               f"processor ms a step with {found['with']}, without {found['without']}")  # fmt: skip

@@ -1,12 +1,15 @@
 """A training step against the loop that one would write today with diffusers: one model, one encoder, the same batch, side by
 side in one process.
 
-    python -m ops.bench.step [--recipe demo] [--resolution 64] [--batch-size 64] [--repeats 20] [--compile]
+    python -m ops.bench.step [--recipe demo] [--resolution 64] [--batch-size 64] [--repeats 20] [--compile] [--stored-latents]
+    python -m ops.bench.step --recipe sd3_medium_512 --resolution 256 --batch-size 16 --compile         # 2B, on a GPU
+    python -m ops.bench.step --recipe imagenet_512_lpl --stored-latents --compile                       # 816M
 
 The peer is diffusers' `SD3Transformer2DModel` with our weights, autocast to bf16 on a GPU, scaled-dot-product attention, fused
 AdamW, clipping, diffusers' `EMAModel`, copies of the frozen autoencoder and of the text encoder, compiled whole with
 `--compile`. Ours is the trainer's step. First both take three steps with equal draws, whose losses must agree; then they are
-timed in turns, so that noise of the machine falls on both. On a CPU, seconds are the processor's.
+timed in turns, so that noise of the machine falls on both, and traced. On a CPU, seconds are the processor's. What LPL costs
+is `ops.bench.lpl --step`.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import torch.distributed as dist
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from data.batches import Batch
 from ops.bench.lpl import MIB, flops_of, peak_of, seconds_of
@@ -36,14 +40,18 @@ from trainer.models.sd3_weights import mmdit_to_diffusers
 from trainer.parallel.apply import autocast, begin_micro_batch, parallelize
 from trainer.parallel.world import World, init_world
 from trainer.peak_flops import from_table
+from trainer.profiling import spans_of
 from trainer.recipes import load
 from trainer.rng import normal
+from trainer.stage_times import Stages
 from trainer.step_plan import StepPlan
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 from trainer.tensors import pixels_to_images
+from trainer.trace_summary import Summary, summarise
 
 RATE = 1e-4
 CHECKED_STEPS = 3
+TRACED_STEPS = 2
 TOLERANCE = 1e-4
 """Of losses in float32, relative; bf16 has 2e-2."""
 
@@ -56,6 +64,7 @@ class Timed:
     """Of the first step, compilation included."""
     flops: int = 0
     peak_bytes: int = 0
+    traced: Summary | None = None
 
     @property
     def median_s(self) -> float:
@@ -121,9 +130,13 @@ class DiffusersLoop:
     def step(self, batch: Batch, *, equal_draws: bool = False) -> Tensor:
         ours, device, positions = self._ours.task, self._device, batch.positions_B.tolist()
         paradigm = ours.paradigm(batch.resolution)
-        images = pixels_to_images(batch.images_BCHW.to(device, non_blocking=True))
-        with torch.no_grad(), autocast(device):
-            z0 = ours.codec.raw_to_scaled(self._vae.encode(images).latent_dist.mode()).float()
+        if batch.latents_BCHW is None:
+            images = pixels_to_images(batch.images_BCHW.to(device, non_blocking=True))
+            with torch.no_grad(), autocast(device):
+                raw = self._vae.encode(images).latent_dist.mode().float()
+        else:
+            raw = batch.latents_BCHW.to(device, non_blocking=True).float()
+        z0 = ours.codec.raw_to_scaled(raw)
         if equal_draws:
             t_B = paradigm.sample_t(ours._timestep_draws(positions, self._ours._step)).to(device)
             noise = normal(ours._run.seed, positions, "noise", z0.shape[1:], device=device)
@@ -155,11 +168,26 @@ def comparable(config: RunConfig) -> RunConfig:
     return replace(config, task=task, phases=phases, optim=replace(config.optim, weight_decay=0.0))
 
 
-def full_batch(config: RunConfig, phase: PhaseConfig, size: int) -> Batch:
-    """Captions that fill the text encoder: diffusers' model has no mask for padding."""
+def full_batch(config: RunConfig, phase: PhaseConfig, size: int, *, stored: bool) -> Batch:
+    """Captions that fill the text encoder: diffusers' model has no mask for padding. `stored`: latents in place of images."""
     assert isinstance(config.task, LatentDiffusionConfig)
     batch = random_batch(config.task, phase, size)
-    return changed(batch, captions=["a photo of a red fox on fresh snow, " * 8] * size)
+    batch = changed(batch, captions=["a photo of a red fox on fresh snow, " * 8] * size)
+    if not stored:
+        return batch
+    codec, side = config.task.codec, phase.resolution // config.task.codec.downsampling
+    return changed(batch, latents_BCHW=torch.randn(size, codec.latent_channels, side, side).half())
+
+
+def traced(step: Callable[[], object], device: torch.device) -> Summary:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as trace:
+        for _ in range(TRACED_STEPS):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    spans = list(spans_of(trace.events(), cuda=device.type == "cuda"))
+    return summarise(spans, (min(s.begin for s in spans), max(s.end for s in spans)), TRACED_STEPS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -169,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="of one rank; the last phase's unless told")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="both: our blocks, and the peer's model whole")
+    parser.add_argument("--stored-latents", action="store_true", help="in place of online encoding")
     options = parser.parse_args(arguments)
     world = init_world()
     device = world.device
@@ -181,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     ours = Ours(config, phase, world)
     peer = DiffusersLoop(ours, device, compiled=options.compile)
-    batch = full_batch(config, phase, phase.batch_size)
+    batch = full_batch(config, phase, phase.batch_size, stored=options.stored_latents)
     ours.parallelize(world)
     runs = {"diffusers loop": Timed(partial(peer.step, batch)), "ours": Timed(partial(ours.step, batch))}
 
@@ -200,10 +229,17 @@ def main(arguments: list[str] | None = None) -> None:
     for run in runs.values():
         run.flops = flops_of(run.step)
         run.peak_bytes = peak_of(run.step, device)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(options.repeats):
         for run in runs.values():
             run.seconds.append(seconds_of(run.step, device))
+    recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
+    stages = ours.task.stages = Stages(device)
+    for name, run in runs.items():
+        stages.annotate((lambda stage: record_function(f"stage:{stage}")) if name == "ours" else None)
+        run.traced = traced(run.step, device)
     tell(runs, config, phase, device, compiled=options.compile)
+    print(f"compiled anew after the first steps: {recompiled} graphs")
     dist.destroy_process_group()
 
 
@@ -228,6 +264,14 @@ def tell(
         mfu = f"{rate / peak:.1%}" if peak else "-"
         print(f"{label:16s} {run.median_s * 1e3:9.1f} {phase.batch_size / run.median_s:9.2f} {run.flops / 1e9:9.1f} "
               f"{rate / 1e12:8.3f} {mfu:>6s} {run.peak_bytes / MIB:9.1f} {run.first_s:8.1f}")  # fmt: skip
+    for label, run in runs.items():
+        assert run.traced
+        counts = f"{run.traced.kernels:.0f} kernels, the host waits {run.traced.waits:.1f} times" if run.traced.kernels else (
+            f"{run.traced.waits:.1f} values read by the host"
+        )  # fmt: skip
+        print(f"traced, {label}: {run.traced.idle:.1%} idle, {counts}")
+        if run.traced.stages_ms:
+            print("  " + ", ".join(f"{name} {ms:.1f}" for name, ms in run.traced.stages_ms.items()) + " ms of the host")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_the_named_rank_writes_what_its_steps_did_and_losses_stay(tmp_path: Path
     assert names.count("stage:backward") >= 2
     assert any(name.startswith("gloo:") for name in names)
     page = folder.read_text("profile/step-00000005-rank-1.md")
-    assert page.startswith("# Steps 4 to 5, rank 1 of 2\n")
+    assert page.startswith("# 2 steps up to step 5, rank 1 of 2\n")
     for line in ("| communication |", "| forward |", "`aten::addmm`", "`gloo:"):
         assert line in page
     assert (

@@ -60,7 +60,7 @@ def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def make(world: World, url: Path, *overrides: str) -> Run:
-    config: RunConfig = tiny("optim.spikes={sigma: 6, window_steps: 8}", *overrides)
+    config: RunConfig = tiny("optim.spikes={sigma: 6, window_steps: 8}", "parallel.shard_one_rank=true", *overrides)
     return Run(config, RunFolder(str(url)), world, StopRequest())
 
 

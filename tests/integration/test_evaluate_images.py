@@ -220,10 +220,13 @@ def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert code == 0
     assert "10 of 10 pictures are there" in said
     assert {p.name: p.stat().st_mtime_ns for p in (out / "samples/images").iterdir()} == before
-    assert len(list((run / "evaluations").iterdir())) == 1
+    recorded = list((run / "evaluations").iterdir())
+    assert len(recorded) == 1
+    recorded[0].unlink()  # ended before it was recorded
     code, said, _ = call(capsys, *words, "--out", str(out))
     assert code == 0
     assert "has this evaluation already" in said
+    assert list((run / "evaluations").iterdir()) == recorded
     code, _, err = call(capsys, *words, "--out", str(out), "--metrics", "spectrum")
     assert code == 2
     assert "has an evaluation already, with other metrics; give another folder, or --overwrite" in err

@@ -256,7 +256,7 @@ NO_NUMBERS = {
     "ema": ("offload", "snapshot_steps", "snapshot_dtype", "keep_snapshots"),
     "parallel": (
         "replicas", "reshard_after_forward", "micro_batch_size", "keep_gathered", "activation_checkpointing", "compile",
-        "num_threads",
+        "shard_one_rank", "num_threads",
     ),
 }  # fmt: skip
 """Fields that do not change what a run computes, beyond rounding: they may differ between a run and its resume."""

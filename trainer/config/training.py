@@ -171,7 +171,7 @@ class EMAConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Parameters, gradients, optimizer and EMA are sharded over ranks (FSDP2)."""
+    """Parameters, gradients, optimizer and EMA are sharded over ranks (FSDP2); of one rank they are whole."""
 
     replicas: PositiveInt = 1
     """Whole copies of the model: each is sharded over world size / replicas neighbouring ranks (HSDP). 1: over all."""
@@ -185,6 +185,8 @@ class ParallelConfig(Section):
     """Recompute in the backward pass: each block as a whole; or all but its matrix products and attentions."""
     compile: bool = False
     """torch.compile of each block; kernels are kept in the run folder's cache for restarts."""
+    shard_one_rank: bool = False
+    """FSDP2 on one rank too, which gathers from itself: to measure or test on one what each of many does."""
     num_threads: NonNegativeInt = 0
     """CPU threads per rank; 0: OMP_NUM_THREADS, or the cores this process may use over the machine's ranks."""
 

@@ -139,7 +139,7 @@ def record_of(numbers: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[
 
 
 def record(source: str, found: Evaluation, model: Mapping[str, Any]) -> str:
-    """Into the run's folder. Returns the file's URL.
+    """Into the run's folder, if it is not there. Returns the file's URL.
 
     Raises:
         UserError: the run's folder cannot be written.
@@ -147,7 +147,8 @@ def record(source: str, found: Evaluation, model: Mapping[str, Any]) -> str:
     file, tree = record_of(found.numbers, model["identity"])
     folder = RunFolder(opened(source).url)
     try:
-        folder.write_json(file, tree)
+        if not folder.exists(file):
+            folder.write_json(file, tree)
     except storage_errors() as e:
         raise UserError(
             f"{folder.url}/{file}: cannot be written ({one_line(e)}); --no-record leaves the run as it is"

@@ -50,7 +50,10 @@ def parallelize(
     apply_activation_checkpointing(units, config.activation_checkpointing)
     if config.compile:
         apply_compile(units)
-    apply_fsdp(module, units, world, reshard_after_forward=config.reshard_after_forward and not config.keep_gathered)
+    if world.size > 1 or config.shard_one_rank:
+        apply_fsdp(
+            module, units, world, reshard_after_forward=config.reshard_after_forward and not config.keep_gathered
+        )
 
 
 def apply_activation_checkpointing(units: Sequence[nn.Module], mode: Literal["none", "selective", "full"]) -> None:
@@ -85,12 +88,7 @@ def compile_seconds() -> float:
 
 
 def apply_fsdp(module: nn.Module, units: Sequence[nn.Module], world: World, *, reshard_after_forward: bool) -> None:
-    """FSDP2: float32 parameters sharded over `world.mesh`. bf16 is the autocast's business: master weights stay float32.
-
-    One rank has nothing to share: its parameters would be gathered from itself, into a second copy.
-    """
-    if world.size == 1:
-        return
+    """FSDP2: float32 parameters sharded over `world.mesh`. bf16 is the autocast's business: master weights stay float32."""
     for unit in units:
         fully_shard(unit, mesh=world.mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(module, mesh=world.mesh)  # the root's own parameters stay gathered: backward needs them at once
@@ -99,7 +97,7 @@ def apply_fsdp(module: nn.Module, units: Sequence[nn.Module], world: World, *, r
 def begin_micro_batch(module: nn.Module, *, last: bool, keep_gathered: bool) -> None:
     """Before each micro-batch of a step: gradients are reduced after the last alone, and with `keep_gathered` parameters
     stay gathered until then."""
-    if not isinstance(module, FSDPModule):  # one rank
+    if not isinstance(module, FSDPModule):  # of one rank
         return
     module.set_requires_gradient_sync(last)
     if keep_gathered:

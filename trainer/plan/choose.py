@@ -123,7 +123,7 @@ def layouts(run: RunConfig, cluster: Cluster) -> Iterator[Layout]:
                                   if cluster.num_gpus % n == 0 and n <= cluster.num_gpus)}  # fmt: skip
     for num_shards in sorted(shards):
         for recompute in ("none", "selective", "full"):
-            for reshard in (True, False):
+            for reshard in (True, False) if cluster.num_gpus > 1 else (True,):
                 for images in micro:
                     yield Layout(cluster.num_gpus // num_shards, recompute, reshard, images)
 

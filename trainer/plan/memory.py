@@ -23,10 +23,13 @@ class Layout:
     """Images of a forward pass on one rank, at most."""
 
     def in_words(self, num_gpus: int) -> str:
+        rest = f"recomputation {self.recompute}, micro-batch {self.micro_batch}"
+        if num_gpus == 1:
+            return f"not sharded, {rest}"
         shards = num_gpus // self.replicas
         how = "sharded over all" if self.replicas == 1 else f"{self.replicas} copies, each over {shards}"
         kept = "freed between passes" if self.reshard else "kept until the backward pass"
-        return f"{how} GPUs, gathered parameters {kept}, recomputation {self.recompute}, micro-batch {self.micro_batch}"
+        return f"{how} GPUs, gathered parameters {kept}, {rest}"
 
 
 def numel(shapes: Iterable[Shape]) -> int:
@@ -57,9 +60,11 @@ def state_bytes(run: RunConfig, parameters: Parameters, num_shards: int) -> dict
     }
 
 
-def gathered_bytes(run: RunConfig, parameters: Parameters, layout: Layout, *, accumulates: bool) -> int:
+def gathered_bytes(run: RunConfig, parameters: Parameters, layout: Layout, num_gpus: int, *, accumulates: bool) -> int:
     """Whole parameters and gradients that are there at once: the root's, and those of two units; of all units where
-    nothing is freed, or where gradients of several micro-batches are summed before they are reduced."""
+    nothing is freed, or where gradients of several micro-batches are summed before they are reduced. One GPU has its own."""
+    if num_gpus == 1:
+        return 0
     units = sorted((FLOAT * numel(unit) for unit in parameters.units), reverse=True)
     root, two, everything = FLOAT * numel(parameters.root), sum(units[:2]), sum(units)
     keeps = not layout.reshard or run.parallel.keep_gathered
@@ -83,7 +88,7 @@ def phase_bytes(
     encoding = max([encoding, *(text.peak.at(images) for text in count.text)])
     parts: dict[str, float] = {
         **state_bytes(run, count.parameters, num_gpus // layout.replicas),
-        "gathered": gathered_bytes(run, count.parameters, layout, accumulates=per_rank > images),
+        "gathered": gathered_bytes(run, count.parameters, layout, num_gpus, accumulates=per_rank > images),
         "bf16 weights": kept.fixed,
         "activations": kept.per_image * images,
         "decoder, encoders": float(count.text_bytes + count.codec_bytes + count.buffer_bytes),

@@ -156,6 +156,17 @@ def test_accumulation_holds_whole_gradients() -> None:
     assert per_step[1]["activations"] == per_step[0]["activations"] / 2
 
 
+def test_one_gpu_gathers_nothing_and_has_one_layout_of_each_kind() -> None:
+    run, count = tiny_count()
+    layout = Layout(1, "none", True, 2)
+    assert phase_bytes(run, count, count.phases[0], layout, 1)["gathered"] == 0
+    assert phase_bytes(run, count, count.phases[0], changed(layout, replicas=2), 2)["gathered"] > 0
+    alone = Cluster(GPUS["h100"], 1, 8, 400)
+    weighed = list(layouts(run, alone))
+    assert len(set(weighed)) == len(weighed) == 3 * len({one.micro_batch for one in weighed})
+    assert "not sharded" in make_plan(run, count, alone, 2.0).layout.in_words(1)
+
+
 def test_averages_and_offload_count() -> None:
     run, count = tiny_count()
     layout = Layout(1, "none", True, 4)

@@ -3,7 +3,7 @@
 import os
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,9 @@ from trainer.run_names import run_or_checkpoint
 from trainer.sampling.options import Options
 from trainer.sampling.prompts import check_kinds, check_words, num_classes_of, read_prompts
 from trainer.sampling.source import check_weights
+
+if TYPE_CHECKING:
+    from trainer.evaluate.images_run import Evaluation
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -170,9 +173,22 @@ def run(
         side = ranks.on_rank_0(lambda: uniform_size(made, "--size"))
         model = ranks.on_rank_0(lambda: model_numbers(folder / SAMPLES))
         settings = settings_at(side)
-        if not options["overwrite"] and ranks.on_rank_0(
-            lambda: tell_finished(finished(folder, made, truth, settings, networks), folder, here)
-        ):
+
+        def note(found: "Evaluation") -> None:
+            if record and not model["identity"]["step"]:
+                here.say(f"not recorded in the run: {weights} does not say of which step it is")
+            elif record:
+                here.say(record_in_run(source, found, model))
+
+        def was_finished() -> bool:
+            there = finished(folder, made, truth, settings, networks)
+            if not tell_finished(there, folder, here):
+                return False
+            assert there is not None
+            note(there)  # the command may have ended between the two
+            return True
+
+        if not options["overwrite"] and ranks.on_rank_0(was_finished):
             return int(ExitCode.DONE)
         try:
             found = evaluate_images(
@@ -185,8 +201,5 @@ def run(
         if found is not None:
             write(folder, found)
             tell(found, folder, here)
-            if record and not model["identity"]["step"]:
-                here.say(f"not recorded in the run: {weights} does not say of which step it is")
-            elif record:
-                here.say(record_in_run(source, found, model))
+            note(found)
     return int(ExitCode.DONE)
