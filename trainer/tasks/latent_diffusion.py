@@ -87,7 +87,7 @@ class LatentDiffusionTask(Task):
         self.config, self._run, self._device = run.task, run, device
         self.codec = (load_codec(self.config.codec) if codec is None else codec).to(device)
         # the layout in which convolutions are fastest, on tensor cores and on a CPU
-        self.codec.vae.encoder.to(memory_format=torch.channels_last)
+        self.codec.vae.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(run.seed)  # the same weights on every rank and any number of them
         self.module: TextToImage = TextToImage(self.config)
         self.module.init_weights()
