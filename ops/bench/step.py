@@ -116,8 +116,8 @@ class DiffusersLoop:
         self._model.load_state_dict(state)
         self._model.to(device).train()
         self._text: Any = copy.deepcopy(ours.task.module.text)
-        self._vae: Any = copy.deepcopy(ours.task.codec.vae)
-        self._vae.to(memory_format=torch.contiguous_format)  # as it was loaded
+        vae: Any = ours.task.codec.vae
+        self._vae = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)  # as it was loaded
         self._ours, self._device = ours, device
         self._parameters = [*self._model.parameters(), *(self._text.parameters() if self._text is not None else [])]
         config = ours.config.optim
