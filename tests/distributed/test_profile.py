@@ -13,6 +13,7 @@ from trainer.config import check_layout, config_digest, replace
 from trainer.config_text import with_overrides
 from trainer.errors import ExitCode, UserError
 from trainer.run_folder import RunFolder
+from trainer.trace_summary import SHOWN
 
 PROFILE = "profile={after_steps: 3, num_steps: 2, ranks: [1]}"
 NEVER = "profile={after_steps: 30}"
@@ -37,8 +38,10 @@ def test_the_named_rank_writes_what_its_steps_did_and_losses_stay(tmp_path: Path
     assert any(name.startswith("gloo:") for name in names)
     page = folder.read_text("profile/step-00000005-rank-1.md")
     assert page.startswith("# 2 steps up to step 5, rank 1 of 2\n")
-    for line in ("| communication |", "| forward |", "`aten::addmm`", "`gloo:"):
+    for line in ("| communication |", "| forward |", "| operation | calls a step |"):
         assert line in page
+    assert page.count("\n| `") == SHOWN
+    assert "aten::addmm" in names
     assert (
         '"note": "profile: none, as this start took 8 steps and its window ends after 35'
         in (tmp_path / "short/metrics/0000.jsonl").read_text()

@@ -166,7 +166,7 @@ def test_what_lies_in_the_folder(demo: Path, run: Path) -> None:
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "mit"}
     for text in (
-        "| perceptual | 6 | 64 px | 8 |",
+        "| low_resolution | 7 of 8 | 32 px | 8 |",
         "emoji",
         "Fluent Emoji",
         "step 7",
