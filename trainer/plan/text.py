@@ -26,7 +26,7 @@ BYTES: Units = (("GiB", GIB, 0.1), ("MiB", 2.0**20, 0.1), ("KiB", 2.0**10, 0.0))
 FLOP: Units = (("TFLOP", 1e12, 0.1), ("GFLOP", 1e9, 0.1), ("MFLOP", 1e6, 0.0))
 STEP_TIMES: Units = (("s", 1.0, 10.0), ("ms", 1e-3, 0.1), ("µs", 1e-6, 0.0))
 TIMES: Units = (("s", 1.0, 0.1), ("ms", 1e-3, 0.0))
-LENGTHS: Units = (("days", 86400.0, 0.5), ("hours", 3600.0, 0.5), ("minutes", 60.0, 0.5), ("s", 1.0, 0.0))
+LENGTHS: Units = (("days", DAY_S, 0.5), ("hours", 3600.0, 0.5), ("minutes", 60.0, 0.5), ("s", 1.0, 0.0))
 SIZES: Units = (("GB", 1e9, 0.1), ("MB", 1e6, 0.1), ("kB", 1e3, 0.0))
 
 
