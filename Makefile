@@ -8,7 +8,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-slow test-long \
+.PHONY: help setup demo photos data-chain lpips demo-autoencoder test lint types format lock clean golden test-slow test-long bench-gpu \
         test-cluster test-ops test-gpu watch dashboards image image-base image-test export-check
 
 help: ## this list
@@ -77,6 +77,14 @@ test-ops: setup ## alerts by their real causes, on a real Prometheus and Alertma
 
 test-gpu: setup ## what needs a CUDA device: bf16, compile, NCCL, memory of the recipes at full width
 	$(PY) -m pytest -m gpu
+
+bench-gpu: setup ## the step beside a diffusers loop at 816M and 2B, 256 and 512 px, mixed aspects, with LPL (needs a CUDA device)
+	for options in "--recipe imagenet_512_lpl" "--recipe imagenet_512_lpl --stored-latents" \
+	  "--recipe sd3_medium_512 --resolution 256 --batch-size 16" "--recipe sd3_medium_512 --batch-size 4" \
+	  "--recipe sd3_medium_512 --batch-size 4 --stored-latents" "--recipe sd3_medium_512 --batch-size 4 --buckets"; do \
+	  $(PY) -m ops.bench.step --compile $$options || exit 1; \
+	done
+	$(PY) -m ops.bench.lpl --step
 
 image: setup ## build the training image: make image [IMAGE=NAME] [BASE=IMAGE] [WHEELS=FOLDER of wheels that go before the index's]
 	PYTHON=$(PY) BASE="$(BASE)" WHEELS="$(WHEELS)" ops/image/build.sh $(IMAGE)

@@ -31,6 +31,7 @@ from trainer.exporter import Exporter
 from trainer.flops import StepFlops
 from trainer.goodput import Ledger
 from trainer.goodput_keeper import GoodputKeeper
+from trainer.host_memory import keep_freed_memory
 from trainer.parallel.apply import compile_seconds, parallelize
 from trainer.parallel.world import World, init_world
 from trainer.pictures import loss_curves, sample_grid
@@ -77,6 +78,8 @@ def run(config: RunConfig, folder: RunFolder, stop: StopRequest, start: StartTim
     ledger = Ledger(time.monotonic() - start.begun)
     with Watchdog(config.watchdog, folder, rank=rank, size=size) as watchdog, GoodputKeeper(ledger) as goodput:
         world = init_world(num_threads=config.parallel.num_threads, replicas=config.parallel.replicas)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         start.lap("ranks")
         code = Run(config, folder, world, stop, watchdog, start, goodput).train()
         watchdog.doing("ending")

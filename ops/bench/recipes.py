@@ -97,6 +97,9 @@ class RandomText(TextEncoder):
         def to(self, device: torch.device) -> "RandomText.Input":
             return self
 
+        def trimmed(self) -> "RandomText.Input":
+            return self
+
     def __init__(self, config: FrozenTextConfig, device: torch.device) -> None:
         super().__init__()
         self.token_width, self.pooled_width = config.width, config.pooled_width

@@ -279,6 +279,28 @@ def test_encoders_beside_each_other_share_a_mask(sd3) -> None:
     assert not whole.tokens_BLT[:, :77, 48:].any()  # 16 + 32 channels, padded to T5's 64
 
 
+@torch.no_grad()
+def test_trimmed_text_is_without_the_ends_that_nobody_sees(sd3) -> None:
+    captions, lengths = [SHORT, "a fox", None], (77, 24)
+    text = FrozenText(replace(sd3, cache_mib=1))
+    prepared = text.prepare(captions)
+    whole = text(prepared)
+    parts = [mask_BL.any(0).nonzero().max() + 1 for mask_BL in whole.mask_BL.split(lengths, dim=1)]
+    assert all(part < length for part, length in zip(parts, lengths, strict=True))
+
+    def ends_cut(x_BL: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :part] for x, part in zip(x_BL.split(lengths, dim=1), parts, strict=True)], dim=1)
+
+    for _ in range(2):  # the second time from the cache
+        trimmed = text(text.prepare(captions).trimmed())
+        assert torch.equal(trimmed.mask_BL, ends_cut(whole.mask_BL))
+        assert torch.equal(trimmed.tokens_BLT, ends_cut(whole.tokens_BLT))
+        assert torch.equal(trimmed.pooled_BP, whole.pooled_BP)
+    seen = FrozenText(replace(sd3, encoders=tuple(replace(encoder, padding="seen") for encoder in sd3.encoders)))
+    assert seen(seen.prepare(captions).trimmed()).mask_BL[0].all()
+    assert seen(seen.prepare([SHORT]).trimmed()).tokens_BLT.shape == (1, sum(lengths), 64)
+
+
 def test_a_caption_that_is_too_long_is_counted_once_and_only_where_it_is_seen(sd3) -> None:
     text = FrozenText(sd3)
     assert text.prepare([LONG, SHORT, None, LONG]).num_cut == 2

@@ -19,7 +19,7 @@ from trainer.config import DiTConfig, PixArtConfig, UNetConfig
 from trainer.errors import UserError
 from trainer.models.condition import Condition
 from trainer.models.denoisers import Denoiser, init_transformer
-from trainer.models.layers import PatchEmbedding, modulate, unpatchify
+from trainer.models.layers import PatchEmbedding, modulated_norm, unpatchify
 
 
 class UNet(Denoiser):
@@ -178,7 +178,7 @@ class DiT(Denoiser):
         if num_blocks is not None:
             return x_BND
         shift_BD, scale_BD = self.net.proj_out_1(F.silu(c_BD)).chunk(2, dim=-1)
-        out = self.net.proj_out_2(modulate(self.net.norm_out(x_BND), shift_BD, scale_BD))
+        out = self.net.proj_out_2(modulated_norm(x_BND, shift_BD, scale_BD))
         rows, columns = (side // self.patch_size for side in zt_BCHW.shape[-2:])
         return unpatchify(out, rows, columns, self.patch_size)
 

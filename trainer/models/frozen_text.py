@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from trainer.config import EncoderConfig, FrozenTextConfig
 from trainer.models.condition import Condition
 from trainer.models.frozen_encoder import FrozenEncoder, load_encoder
-from trainer.models.text_encoders import TextEncoder
+from trainer.models.text_encoders import TextEncoder, trimmed_length
 
 CPU = torch.device("cpu")
 
@@ -77,6 +77,8 @@ class EncoderInput:
     mask_BL: Tensor
     lengths: tuple[int, ...]
     """Tokens worth keeping of each caption to encode."""
+    num_given: int
+    """Places of the states that the denoiser is given; those behind are padding."""
 
     def to(self, device: torch.device) -> "EncoderInput":
         def move(tensor: Tensor) -> Tensor:
@@ -101,6 +103,11 @@ class FrozenInput:
 
     def to(self, device: torch.device) -> "FrozenInput":
         return FrozenInput(tuple(encoder.to(device) for encoder in self.encoders), self.num_cut)
+
+    def trimmed(self) -> "FrozenInput":
+        """Captions are encoded at their full length all the same, as the encoders were trained."""
+        lengths = [replace(encoder, num_given=trimmed_length(encoder.mask_BL)) for encoder in self.encoders]
+        return FrozenInput(tuple(lengths), self.num_cut)
 
 
 class FrozenText(TextEncoder):
@@ -179,14 +186,15 @@ class FrozenText(TextEncoder):
         """Groups of encoders beside each other in the channels, padded with zeros to one width, one after another along
         the tokens (SD3: CLIP-L and CLIP-G, then T5). A token is real where any encoder of its group has a real one."""
         states, pooled, masks = [], [], []
-        outputs = iter([self._encode(i, encoder, text.encoders[i]) for i, encoder in enumerate(self._encoders())])
-        inputs = iter(text.encoders)
+        encoders = iter(enumerate(zip(self._encoders(), text.encoders, strict=True)))
         for group in self.config.groups:
-            members = [next(outputs) for _ in group]
-            states_BLT = torch.cat([tokens for tokens, _ in members], dim=-1)
+            members = [next(encoders) for _ in group]
+            length = max(given.num_given for _, (_, given) in members)
+            outputs = [self._encode(i, encoder, given, length) for i, (encoder, given) in members]
+            states_BLT = torch.cat([tokens for tokens, _ in outputs], dim=-1)
             states.append(pad(states_BLT, (0, self.token_width - states_BLT.shape[-1])))
-            pooled += [pooled_BP for _, pooled_BP in members if pooled_BP is not None]
-            masks.append(torch.stack([next(inputs).mask_BL for _ in group]).any(0))
+            pooled += [pooled_BP for _, pooled_BP in outputs if pooled_BP is not None]
+            masks.append(torch.stack([given.mask_BL[:, :length] for _, (_, given) in members]).any(0))
         return Condition(
             torch.cat(states, dim=1), torch.cat(pooled, dim=-1) if pooled else None, torch.cat(masks, dim=1)
         )
@@ -230,12 +238,12 @@ class FrozenText(TextEncoder):
         shown_ML = torch.cat([mask | (config.padding == "seen"), zeros_1L])
         prepared = EncoderInput(
             unknown, ids[: len(unknown)], mask[: len(unknown)], known_KLT, torch.stack(pools) if pools else None,
-            row_B, shown_ML[row_B], tuple(kept_UL.sum(1).tolist()),
+            row_B, shown_ML[row_B], tuple(kept_UL.sum(1).tolist()), num_tokens,
         )  # fmt: skip
         return prepared, {caption for caption, is_cut in zip(ordered, cut, strict=True) if is_cut}
 
-    def _encode(self, i: int, encoder: FrozenEncoder, text: EncoderInput) -> tuple[Tensor, Tensor | None]:
-        """States (B, L, T) and pooled output (B, P) of one encoder, float32."""
+    def _encode(self, i: int, encoder: FrozenEncoder, text: EncoderInput, length: int) -> tuple[Tensor, Tensor | None]:
+        """States (B, length, T) and pooled output (B, P) of one encoder, float32."""
         rows = [text.known_KLT]
         pooled_rows = [] if text.known_KP is None else [text.known_KP]
         if text.captions:
@@ -245,7 +253,7 @@ class FrozenText(TextEncoder):
             if self.cache:
                 self._on_the_way.append(_OnTheWay(i, text, states_ULT, pooled_UP))
         rows.append(text.known_KLT.new_zeros(1, *text.known_KLT.shape[1:]))
-        states_BLT = torch.cat(rows)[text.row_B].float()
+        states_BLT = torch.cat([states[:, :length] for states in rows])[text.row_B].float()
         if encoder.config.pooled_width is None:
             return states_BLT, None
         pooled_rows.append(rows[-1].new_zeros(1, encoder.config.pooled_width))

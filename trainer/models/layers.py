@@ -1,6 +1,7 @@
 """Parts that the transformers share. B batch, N image tokens, L text tokens, S all tokens, D width, K frequencies."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -9,15 +10,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from trainer.models.fused import Gated, JoinedHeads, ModulatedNorm
 
-def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part (Peebles & Xie 2023)."""
-    return torch.addcmul(shift_BD[:, None], x_BND, 1 + scale_BD[:, None])
+EPS = 1e-6
+"""Of all norms."""
+
+
+def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Adaptive layer norm (Peebles & Xie 2023), float32: no weights, then scaled and shifted sample by sample."""
+    out: Tensor = ModulatedNorm.apply(x_BND, shift_BD, scale_BD, EPS)
+    return out
 
 
 def gated(x_BND: Tensor, gate_BD: Tensor, branch_BND: Tensor) -> Tensor:
-    """Residual stream plus a gated branch, in one pass over both."""
-    return torch.addcmul(x_BND, gate_BD[:, None], branch_BND)
+    """Residual stream plus a gated branch."""
+    out: Tensor = Gated.apply(x_BND, gate_BD, branch_BND)
+    return out
 
 
 def timestep_features(t_B: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -129,22 +137,46 @@ class QKV(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.proj = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS) if norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS) if norm else nn.Identity()
 
-    def forward(self, x_BND: Tensor, rotation_2NK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Three tensors of shape (B, heads, N, head_dim); queries and keys turned where a rotation is given."""
-        q, k, v = rearrange(self.proj(x_BND), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation_2NK is not None:
-            q, k = rotate(q, rotation_2NK), rotate(k, rotation_2NK)
-        return q, k, v
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """All three before the norm, (B, N, 3 D)."""
+        out: Tensor = self.proj(x_BND)
+        return out
+
+    @property
+    def norm_weights_2d(self) -> Tensor | None:
+        norms = self.q_norm, self.k_norm
+        if not isinstance(norms[0], nn.RMSNorm):
+            return None
+        return torch.stack([norm.weight for norm in norms if isinstance(norm, nn.RMSNorm)])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """Full attention over S tokens; `mask_BS` is true where a token may be looked at. Returns (B, S, D)."""
+def joint_attention(
+    streams: Sequence[tuple[QKV, Tensor]],
+    mask_BS: Tensor | None,
+    rotation_2SK: Tensor | None = None,
+    num_queries: int | None = None,
+) -> Tensor:
+    """Full attention of all streams' tokens to all. Each stream is its weights and its tokens (B, N, D); `mask_BS` is true
+    where a token may be looked at; queries and keys are turned where a rotation is given. Returns (B, S, D); with
+    `num_queries`, of the first so many tokens alone."""
+    num_heads = streams[0][0].num_heads
+    projected = [qkv(x_BND) for qkv, x_BND in streams]
+    weights = [qkv.norm_weights_2d for qkv, _ in streams]
+    normed = [weight_2d for weight_2d in weights if weight_2d is not None]
+    if normed:
+        q, k, v = JoinedHeads.apply(num_heads, EPS, torch.stack(normed), *projected)
+    else:
+        joined = projected[0] if len(projected) == 1 else torch.cat(projected, dim=1)
+        q, k, v = rearrange(joined, "b s (three h d) -> three b h s d", three=3, h=num_heads)
+    if rotation_2SK is not None:
+        q, k = rotate(q, rotation_2SK), rotate(k, rotation_2SK)
+    if num_queries is not None:
+        q = q[:, :, :num_queries]
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h n d -> b n (h d)")
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h s d -> b s (h d)")
 
 
 def unpatchify(x_BNE: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:

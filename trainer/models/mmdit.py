@@ -21,10 +21,10 @@ from trainer.models.layers import (
     MLP,
     QKV,
     Axis,
-    attention,
     cropped_axes,
     gated,
-    modulate,
+    joint_attention,
+    modulated_norm,
     rotary_positions,
     sincos_positions,
     stretched_axes,
@@ -44,8 +44,7 @@ class ImageAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, rotation_2NK: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x_BND, rotation_2NK)
-        out: Tensor = self.out(attention(q, k, v, None))
+        out: Tensor = self.out(joint_attention([(self.qkv, x_BND)], None, rotation_2NK))
         return out
 
 
@@ -58,19 +57,15 @@ class Stream(nn.Module):
         """The text's last block only feeds the attention: nothing reads its output."""
         self.num_modulations = 2 if ends else 9 if dual else 6
         self.modulation = nn.Linear(width, self.num_modulations * width)
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = QKV(width, num_heads, norm=qk_norm)
         self.dual = ImageAttention(width, num_heads, qk_norm=qk_norm) if dual else None
         if not ends:
             self.out = nn.Linear(width, width)
-            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
             self.mlp = MLP(width, 4 * width, width, nn.GELU(approximate="tanh"))
 
-    def before_attention(
-        self, x_BSD: Tensor, c_BD: Tensor, rotation_2NK: Tensor | None = None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    def before_attention(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, list[Tensor]]:
         shift, scale, *rest = self.modulation(c_BD).chunk(self.num_modulations, dim=-1)
-        return self.qkv(modulate(self.norm1(x_BSD), shift, scale), rotation_2NK), rest
+        return modulated_norm(x_BSD, shift, scale), rest
 
     def after_attention(
         self, x_BSD: Tensor, attended_BSD: Tensor, rest: list[Tensor], rotation_2NK: Tensor | None = None
@@ -79,9 +74,9 @@ class Stream(nn.Module):
         out_BSD = gated(x_BSD, gate1, self.out(attended_BSD))
         if self.dual is not None:
             dual_shift, dual_scale, dual_gate = of_dual
-            among_image = self.dual(modulate(self.norm1(x_BSD), dual_shift, dual_scale), rotation_2NK)
+            among_image = self.dual(modulated_norm(x_BSD, dual_shift, dual_scale), rotation_2NK)
             out_BSD = gated(out_BSD, dual_gate, among_image)
-        return gated(out_BSD, gate2, self.mlp(modulate(self.norm2(out_BSD), shift, scale)))
+        return gated(out_BSD, gate2, self.mlp(modulated_norm(out_BSD, shift, scale)))
 
 
 class JointBlock(nn.Module):
@@ -93,20 +88,21 @@ class JointBlock(nn.Module):
         self.text = Stream(width, num_heads, qk_norm=qk_norm, ends=last)
 
     def forward(
-        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None
+        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2SK: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Both streams; no text from the last block, whose text nothing reads."""
-        image_qkv, image_rest = self.image.before_attention(image_BND, c_BD, rotation_2NK)
-        text_qkv, text_rest = self.text.before_attention(text_BLD, c_BD)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(image_qkv, text_qkv, strict=True))
-        image_out, text_out = attention(q, k, v, mask_BS).split([image_BND.shape[1], text_BLD.shape[1]], dim=1)
-        image_BND = self.image.after_attention(image_BND, image_out, image_rest, rotation_2NK)
+        """Both streams; no text from the last block."""
+        num_image = image_BND.shape[1]
+        image_in, image_rest = self.image.before_attention(image_BND, c_BD)
+        text_in, text_rest = self.text.before_attention(text_BLD, c_BD)
+        streams = [(self.image.qkv, image_in), (self.text.qkv, text_in)]
+        num_queries = num_image if self.text.ends else None  # of the text's last block nothing is read
+        out_BSD = joint_attention(streams, mask_BS, rotation_2SK, num_queries)
+        rotation_2NK = None if rotation_2SK is None else rotation_2SK[:, :num_image]
         if self.text.ends:
-            return image_BND, None
+            return self.image.after_attention(image_BND, out_BSD, image_rest, rotation_2NK), None
+        image_out, text_out = out_BSD.split([num_image, text_BLD.shape[1]], dim=1)
+        image_BND = self.image.after_attention(image_BND, image_out, image_rest, rotation_2NK)
         return image_BND, self.text.after_attention(text_BLD, text_out, text_rest)
-
-
-# --------------------------------------------------------------------------------------------------------- shared layout
 
 
 class SharedBlock(nn.Module):
@@ -116,19 +112,17 @@ class SharedBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.modulation_table = nn.Parameter(torch.empty(6, width))
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = QKV(width, num_heads, norm=qk_norm)
         self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, 4 * width, width, nn.GELU(approximate="tanh"))
 
     def forward(
         self, x_BSD: Tensor, modulation_B6D: Tensor, mask_BS: Tensor | None, rotation_2SK: Tensor | None
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation_B6D + self.modulation_table).unbind(dim=1)
-        qkv: tuple[Tensor, Tensor, Tensor] = self.qkv(modulate(self.norm1(x_BSD), shift1, scale1), rotation_2SK)
-        x_BSD = gated(x_BSD, gate1, self.out(attention(*qkv, mask_BS)))
-        return gated(x_BSD, gate2, self.mlp(modulate(self.norm2(x_BSD), shift2, scale2)))
+        attended_BSD = joint_attention([(self.qkv, modulated_norm(x_BSD, shift1, scale1))], mask_BS, rotation_2SK)
+        x_BSD = gated(x_BSD, gate1, self.out(attended_BSD))
+        return gated(x_BSD, gate2, self.mlp(modulated_norm(x_BSD, shift2, scale2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -158,7 +152,6 @@ class MMDiT(Denoiser):
             self.modulation = nn.Linear(width, 6 * width)
             self.blocks = nn.ModuleList(SharedBlock(width, heads, qk_norm=qk_norm) for _ in range(config.num_blocks))
             self.final_modulation_table = nn.Parameter(torch.empty(2, width))
-        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.final = nn.Linear(width, patch * patch * latent_channels)
 
     def units(self) -> list[nn.Module]:
@@ -189,46 +182,45 @@ class MMDiT(Denoiser):
         rows, columns = (side // self.config.patch_size for side in zt_BCHW.shape[-2:])
         axes = self.axes(rows, columns)
         image_BND = rearrange(self.patch(zt_BCHW), "b d h w -> b (h w) d")
-        rotation_2NK = None
+        rotation_2SK = None
         if self.config.positions == "sincos":
             image_BND = image_BND + sincos_positions(*axes, self.config.width, image_BND.device)
         else:
             # as added positions would do: under autocast the residual stream stays wide
             image_BND = image_BND.to(self.patch.weight.dtype)
-            rotation_2NK = rotary_positions(*axes, self.config.head_dim, image_BND.device)
+            # the text is turned by nothing: cosine 1, sine 0
+            num_text = condition.tokens_BLT.shape[1]
+            cos, sin = rotary_positions(*axes, self.config.head_dim, image_BND.device)
+            rotation_2SK = torch.stack([F.pad(cos, (0, 0, 0, num_text), value=1.0), F.pad(sin, (0, 0, 0, num_text))])
         text_BLD = self.text(condition.tokens_BLT)
         c_BD = self.time(timestep_features(t_B)) + self.pooled(condition.pooled_BP)
         mask_BS = None
         if condition.mask_BL is not None:
             mask_BS = torch.cat([condition.mask_BL.new_ones(image_BND.shape[:2]), condition.mask_BL], dim=1)
         trunk = self._joint_blocks if self.config.layout == "sd3" else self._shared_blocks
-        image_BND, shift_BD, scale_BD = trunk(image_BND, text_BLD, c_BD, mask_BS, rotation_2NK, num_blocks)
+        image_BND, shift_BD, scale_BD = trunk(image_BND, text_BLD, c_BD, mask_BS, rotation_2SK, num_blocks)
         if num_blocks is not None:
             return image_BND
-        out = self.final(modulate(self.final_norm(image_BND), shift_BD, scale_BD))
+        out = self.final(modulated_norm(image_BND, shift_BD, scale_BD))
         return unpatchify(out, rows, columns, self.config.patch_size)
 
     def _joint_blocks(
-        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None,
+        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2SK: Tensor | None,
         num_blocks: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The image's tokens, and the final shift and scale."""
         c_BD = F.silu(c_BD)
         for block in islice(self.blocks, num_blocks):
-            image_BND, text_BLD = block(image_BND, text_BLD, c_BD, mask_BS, rotation_2NK)
+            image_BND, text_BLD = block(image_BND, text_BLD, c_BD, mask_BS, rotation_2SK)
         shift_BD, scale_BD = self.final_modulation(c_BD).chunk(2, dim=-1)
         return image_BND, shift_BD, scale_BD
 
     def _shared_blocks(
-        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2NK: Tensor | None,
+        self, image_BND: Tensor, text_BLD: Tensor, c_BD: Tensor, mask_BS: Tensor | None, rotation_2SK: Tensor | None,
         num_blocks: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The image's tokens, and the final shift and scale."""
-        num_image, num_text = image_BND.shape[1], text_BLD.shape[1]
-        rotation_2SK = None
-        if rotation_2NK is not None:  # the text is turned by nothing: cosine 1, sine 0
-            cos, sin = rotation_2NK
-            rotation_2SK = torch.stack([F.pad(cos, (0, 0, 0, num_text), value=1.0), F.pad(sin, (0, 0, 0, num_text))])
+        num_image = image_BND.shape[1]
         modulation_B6D = self.modulation(F.silu(c_BD)).unflatten(-1, (6, -1))
         x_BSD = torch.cat([image_BND, text_BLD.to(image_BND.dtype)], dim=1)
         for block in islice(self.blocks, num_blocks):

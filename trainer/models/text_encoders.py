@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.config import ByteTextConfig, ClassLabelConfig, TextConfig
 from trainer.errors import UserError
 from trainer.models.condition import Condition
-from trainer.models.layers import MLP, QKV, attention
+from trainer.models.layers import MLP, QKV, joint_attention
 
 
 class TextInput(Protocol):
@@ -25,6 +25,14 @@ class TextInput(Protocol):
         """Captions that were longer than the encoder takes."""
 
     def to(self, device: torch.device) -> "TextInput": ...
+
+    def trimmed(self) -> "TextInput":
+        """Without the places that are padding in every caption: nothing looks at them. On the host."""
+
+
+def trimmed_length(mask_BL: Tensor) -> int:
+    """Up to the last place that is real in some caption."""
+    return int(mask_BL.any(0).nonzero().max()) + 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class TokenInput:
         return TokenInput(
             self.ids_BL.to(device, non_blocking=True), self.mask_BL.to(device, non_blocking=True), self.num_cut
         )
+
+    def trimmed(self) -> "TokenInput":
+        length = trimmed_length(self.mask_BL)
+        return TokenInput(self.ids_BL[:, :length], self.mask_BL[:, :length], self.num_cut)
 
 
 class TextEncoder(nn.Module, ABC):
@@ -81,8 +93,7 @@ class EncoderBlock(nn.Module):
         self.mlp = MLP(width, 4 * width, width, nn.GELU(approximate="tanh"))
 
     def forward(self, x_BLT: Tensor, mask_BL: Tensor) -> Tensor:
-        qkv: tuple[Tensor, Tensor, Tensor] = self.qkv(self.norm1(x_BLT))
-        x_BLT = x_BLT + self.out(attention(*qkv, mask_BL))
+        x_BLT = x_BLT + self.out(joint_attention([(self.qkv, self.norm1(x_BLT))], mask_BL))
         out: Tensor = x_BLT + self.mlp(self.norm2(x_BLT))
         return out
 
@@ -131,7 +142,7 @@ class ByteEncoder(TextEncoder):
         return TokenInput(ids, ids != self.PADDING, num_cut)
 
     def forward(self, text: TokenInput) -> Condition:
-        x_BLT = self.embedding(text.ids_BL) + self.positions
+        x_BLT = self.embedding(text.ids_BL) + self.positions[: text.ids_BL.shape[1]]
         for block in self.blocks:
             x_BLT = block(x_BLT, text.mask_BL)
         x_BLT = self.norm(x_BLT)

@@ -88,6 +88,9 @@ class LatentDiffusionTask(Task):
         self.codec = (load_codec(self.config.codec) if codec is None else codec).to(device)
         # the layout in which convolutions are fastest, on tensor cores and on a CPU
         self.codec.vae.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.codec.vae.encoder.modules():  # what a norm gave nobody reads again
+            if isinstance(module, nn.SiLU):
+                module.inplace = True
         torch.manual_seed(run.seed)  # the same weights on every rank and any number of them
         self.module: TextToImage = TextToImage(self.config)
         self.module.init_weights()
@@ -242,7 +245,8 @@ class LatentDiffusionTask(Task):
         dropped_EB = [(row_B < share).tolist() for row_B, share in zip(draws_EB, dropouts, strict=True)]
         text = self.text.prepare(captions, batch.labels_B.tolist(), dropped_EB, known_states(batch.states))
         self.captions_cut += text.num_cut
-        return self._encoded(text)
+        # compiled blocks keep one length: a new one would be compiled anew
+        return self._encoded(text if self._run.parallel.compile else text.trimmed())
 
     def _encoded(self, text: TextInput) -> TextInput | Condition:
         """On the device; encoded already where the encoder is frozen, which the trained module does not hold."""

@@ -41,6 +41,31 @@ def test_captions_are_dropped_at_their_share_by_stream_position(share: float) ->
     assert dropped(task, 700, 50) == drops[700:750]
 
 
+def test_padding_that_no_caption_needs_is_not_computed_and_changes_nothing() -> None:
+    """Compiled blocks keep one length, so a task for them is the one to compare with."""
+    found = []
+    for compiled in (False, True):
+        run = tiny(f"parallel.compile={compiled}", "task.caption_dropout=0.0", "phases.low_resolution.perceptual=null")
+        task = LatentDiffusionTask(run, CPU)
+        torch.manual_seed(1)
+        for parameter in task.module.parameters():  # fresh ones let no text through
+            torch.nn.init.normal_(parameter, std=0.2)
+        given = replace(batch(0, 2), captions=["dog", "fox cub"])
+        text = task._text_of(given, range(2))
+        assert isinstance(text, TokenInput)
+        plan = StepPlanner(run, dict.fromkeys(run.data.datasets, (100,))).plan(0)
+        loss_B = task.forward_backward(given, plan, scale=1.0)["loss"]
+        gradients = {name: p.grad for name, p in task.module.named_parameters() if p.grad is not None}
+        found.append((text.ids_BL.shape[1], loss_B, gradients))
+    (length, loss_B, gradients), (full_length, full_loss_B, full_gradients) = found
+    assert length == len("fox cub") + 1 < full_length
+    torch.testing.assert_close(loss_B, full_loss_B)
+    assert gradients.keys() == full_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, full_gradients[name], rtol=1e-4, atol=1e-5)
+    assert gradients["text.embedding.weight"].abs().max() > 1e-3
+
+
 def step(
     run: RunConfig, first: int, count: int, number: int = 7
 ) -> tuple[LatentDiffusionTask, dict[str, torch.Tensor]]:

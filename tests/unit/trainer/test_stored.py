@@ -216,9 +216,9 @@ def test_stored_states_stand_for_the_encoders(tmp_path: Path, monkeypatch: pytes
     ran: list[tuple[int, tuple[str, ...]]] = []
     encode = text._encode
 
-    def watched(i: int, encoder: FrozenEncoder, given: Any) -> Any:
+    def watched(i: int, encoder: FrozenEncoder, given: Any, length: int) -> Any:
         ran.append((i, given.captions))
-        return encode(i, encoder, given)
+        return encode(i, encoder, given, length)
 
     monkeypatch.setattr(text, "_encode", watched)
     found = text(text.prepare(captions, known=known))

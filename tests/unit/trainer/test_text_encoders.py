@@ -36,6 +36,22 @@ def test_a_caption_is_encoded_the_same_beside_any_other_and_order_matters() -> N
     assert (swapped.pooled_BP - alone.pooled_BP).abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_trimmed_text_loses_nothing_but_padding() -> None:
+    encoder = byte_encoder()
+    full = encoder.prepare(["ab", "abcd", None])
+    trimmed = full.trimmed()
+    assert trimmed.ids_BL.shape == (3, 5)
+    assert full.ids_BL.shape == (3, 9), "the one it was made of stays"
+    whole, cut = encoder(full), encoder(trimmed)
+    torch.testing.assert_close(cut.tokens_BLT, whole.tokens_BLT[:, :5])
+    torch.testing.assert_close(cut.pooled_BP, whole.pooled_BP)
+    assert encoder.prepare([None]).trimmed().ids_BL.shape == (1, 1)
+    longest = encoder.prepare(["abcdefghi", "a"]).trimmed()
+    assert longest.ids_BL.shape == (2, 9)
+    assert longest.num_cut == 1
+
+
 def test_classes() -> None:
     encoder = build_text_encoder(ClassLabelConfig(num_classes=3, width=16))
     assert isinstance(encoder, ClassEncoder)
