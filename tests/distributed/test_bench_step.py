@@ -26,7 +26,9 @@ def test_both_loops_compute_the_same_and_are_compared() -> None:
     assert len(rows) == 4
     assert all(value > 0 for row in rows.values() for value in row)
     flops = {name: row[2] for name, row in rows.items()}
-    assert flops["ours, full captions"] == pytest.approx(flops["diffusers loop, full captions"], rel=0.05), "equal arithmetic"
+    assert flops["ours, full captions"] == pytest.approx(flops["diffusers loop, full captions"], rel=0.05), (
+        "equal arithmetic"
+    )
     assert flops["diffusers loop, its own captions"] == flops["diffusers loop, full captions"], "padding is computed"
     assert flops["ours, its own captions"] < 0.97 * flops["ours, full captions"]
     memory = {name: row[4] for name, row in rows.items()}
