@@ -33,10 +33,13 @@ class LossMeter:
 
     def add(self, terms: Mapping[str, Tensor], skip: Tensor) -> None:
         """`terms`: detached, one value a sample. `skip`: 1.0 on the device for a step that does not count."""
+        skipped = skip > 0
         for name, values_B in terms.items():
-            total = self._sums.setdefault(name, torch.zeros(2, dtype=torch.float64, device=self._device))
-            sample = torch.stack([values_B.double().sum(), values_B.new_full((), values_B.numel()).double()])
-            total += torch.where(skip > 0, torch.zeros_like(sample), sample)
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(2, dtype=torch.float64, device=self._device)
+            count = values_B.new_full((), values_B.numel(), dtype=torch.float64)
+            sample = torch.stack([values_B.sum(dtype=torch.float64), count])
+            self._sums[name] += sample.masked_fill_(skipped, 0.0)
 
     def take(self) -> dict[str, float]:
         """The means, and start over. A collective: every rank must have recorded the same terms. Waits for the device."""

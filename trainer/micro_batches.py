@@ -9,6 +9,8 @@ def split(batch: Batch, micro_batch_size: int | None) -> list[Batch]:
     """The rank's batch in micro-batches that share its memory."""
     size = len(batch.captions)
     step = min(micro_batch_size or size, size)
+    if step == size:
+        return [batch]
     return [
         replace(
             batch,

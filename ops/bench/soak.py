@@ -4,9 +4,9 @@
 
 Everything is the trainer's own: run folder, metrics and their endpoint, watchdog, agreement on stops and bad data, clipping,
 optimizer, average, reports every 10 steps. Only the task (one weight, no loss) and the loader (one batch, always the same) are
-stand-ins. Printed are processor and wall time a step, and as shares of a step of 100 ms; and of each tenth of the run what the
-process holds: resident memory, Python's objects, open files, threads. `--profile` takes turns with and without `profile` of
-the config, its window long over, for what it costs then.
+stand-ins. Printed are processor time, less the task's own, and wall time a step, and as shares of a step of 100 ms; and of
+each tenth of the run what the process holds: resident memory, Python's objects, open files, threads. `--profile` takes turns
+with and without `profile` of the config, its window long over, for what it costs then.
 """
 
 import argparse
@@ -45,17 +45,18 @@ class Held:
     step: int
     wall_s: float
     processor_s: float
+    """Without the task's own."""
     resident_mib: float
     objects: int
     files: int
     threads: int
 
     @classmethod
-    def now(cls, step: int) -> "Held":
+    def now(cls, step: int, task_s: float) -> "Held":
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
         return cls(
-            step, time.monotonic(), time.process_time(), pages * os.sysconf("SC_PAGESIZE") / 2**20,
+            step, time.monotonic(), time.process_time() - task_s, pages * os.sysconf("SC_PAGESIZE") / 2**20,
             len(gc.get_objects()), len(os.listdir("/proc/self/fd")), threading.active_count(),
         )  # fmt: skip
 
@@ -81,12 +82,17 @@ def soak(steps: int, folder: str, overrides: tuple[str, ...] = ()) -> list[Held]
     size = int(os.environ.get("WORLD_SIZE", 1))
     batch = random_batch(config.task, config.phases[0], BATCH // size)
     held: list[Held] = []
+    tasks: list[Any] = []
+
+    def make_task(config: object, device: object) -> object:
+        tasks.append(_no_op(config, device))
+        return tasks[0]
 
     class OneBatch:
         def steps(self, first: int, end: int) -> Iterator[Any]:
             for step in range(first, end):
                 if step % max(1, steps // PARTS) == 0 or step == steps - 1:
-                    held.append(Held.now(step))
+                    held.append(Held.now(step, tasks[0].spent_s))
                 yield changed(batch, step=step)
 
     @contextlib.contextmanager
@@ -95,7 +101,7 @@ def soak(steps: int, folder: str, overrides: tuple[str, ...] = ()) -> list[Held]
 
     kind = config.task.kind
     of_kind = runs.TASKS[kind]
-    runs.TASKS[kind] = _no_op  # type: ignore[assignment]
+    runs.TASKS[kind] = make_task  # type: ignore[assignment]
     make = runs.Run._make_loader
     runs.Run._make_loader = loader  # type: ignore[assignment, method-assign]
     try:
@@ -117,6 +123,8 @@ def _no_op(_config: object, _device: object) -> object:
         def __init__(self) -> None:
             self.module = nn.Linear(1, 1, bias=False)
             self._input, self._loss_B = torch.zeros(1, 1), torch.zeros(BATCH)
+            self.spent_s = 0.0
+            """Of the processor, by its own pass forward and backward."""
 
         def sharding_units(self) -> list[nn.Module]:
             return []
@@ -125,7 +133,9 @@ def _no_op(_config: object, _device: object) -> object:
             return []
 
         def forward_backward(self, batch: Batch, plan: StepPlan, scale: float) -> dict[str, Tensor]:
+            began = time.process_time()
             self.module(self._input).sum().backward()
+            self.spent_s += time.process_time() - began
             loss_B = self._loss_B[: len(batch.keys)]
             return {"loss": loss_B, "denoising": loss_B}
 

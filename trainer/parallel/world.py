@@ -31,12 +31,16 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
