@@ -108,7 +108,7 @@ def averaged(module: nn.Module, ema: EMA) -> Iterator[None]:
 
 @torch.no_grad()
 def move(average: list[Tensor], weights: list[Tensor], decay: float, skip: Tensor) -> None:
-    """Move `average` a step towards `weights`, in place; not at all where `skip` is 1.0."""
+    """Move `average` a step towards `weights`, of its dtypes, in place; not at all where `skip` is 1.0."""
     share = (1.0 - decay) * (1.0 - skip)
     if not share.is_cuda:  # in one pass, which for a share on the device there is no kernel for
         torch._foreach_lerp_(average, weights, [share] * len(weights))

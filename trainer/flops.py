@@ -194,7 +194,8 @@ class StepFlops:
             self._running[outer] = self._running.get(outer, 0.0) - counted.total
 
     def begin_step(self, *kind: Hashable, another_loss: bool) -> None:
-        """`kind`: steps with the same one have as much to compute, until a step begins with another loss."""
+        """`kind`: steps with the same one have as much to compute, until a step begins with another loss; but for captions,
+        where the padding behind the longest is left out."""
         self._era += another_loss
         self.kind = (self._era, *kind)
 

@@ -16,7 +16,7 @@ OLD_MMAP_LIMIT = 32 << 20
 
 
 def keep_freed_memory() -> bool:
-    """For this process and from now on; false where the C library is not glibc and nothing has changed."""
+    """For this process and from now on; false where the C library does not know these settings."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

@@ -89,8 +89,8 @@ class Side:
             found.append(float(loss))
         return found
 
-    def compile_s(self) -> float:
-        """Seconds of one step of each shape: those that compile, where it is the first time."""
+    def first_s(self) -> float:
+        """Seconds of the first step of each shape, compilation included; before any other step."""
         began = time.perf_counter()
         for batch in self._batches:
             self._loop.step(batch)
@@ -170,10 +170,10 @@ class Remote:
     peaks: dict[str, int] = field(default_factory=dict)
 
     def ask(self, method: Callable[[Side], Any]) -> Any:
-        self.connection.send(method.__name__)
         try:
+            self.connection.send(method.__name__)
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             raise SystemExit("one of the two processes has ended; its error is above") from None
 
 
@@ -195,33 +195,35 @@ def main(arguments: list[str] | None = None) -> None:
         there.close()
         sides[name] = Remote(here)
     _, _, device, _ = sides[OURS].ask(Side.what)
+    first_s = {name: side.ask(Side.first_s) for name, side in sides.items()}
     pairs = zip(*(side.ask(Side.losses) for side in sides.values()), strict=True)
     tolerance = TOLERANCE if "CPU" in device else 2e-2
     for theirs, own in pairs:
         print(f"loss: diffusers {theirs:.6f}, ours {own:.6f}, {abs(own / theirs - 1):.1e} apart")
         assert abs(own / theirs - 1) < tolerance, "the two do not compute the same"
     kinds = ["full captions"]
-    first_s = {name: side.ask(Side.compile_s) for name, side in sides.items()}
-    _time(sides, kinds[0], options.repeats)
-    graphs = sides[OURS].ask(Side.graphs)
+    recompiled = _time(sides, kinds[0], options.repeats)
     if all([side.ask(Side.take_captions) for side in sides.values()]):
         kinds.append("its own captions")
-        _time(sides, kinds[1], options.repeats)
-    recompiled = sides[OURS].ask(Side.graphs) - graphs
+        recompiled += _time(sides, kinds[1], options.repeats)
     _tell(sides, kinds, options, first_s)
     print(f"compiled anew after the first steps: {recompiled} graphs")
     for side in sides.values():
         side.connection.send(None)
 
 
-def _time(sides: dict[str, Remote], kind: str, repeats: int) -> None:
+def _time(sides: dict[str, Remote], kind: str, repeats: int) -> int:
+    """In turns. Graphs that ours has compiled meanwhile."""
     for side in sides.values():
         side.ask(Side.step_s)  # the first of these captions
         side.flops[kind], side.peaks[kind] = side.ask(Side.counted)
         side.seconds[kind] = []
+    graphs: int = sides[OURS].ask(Side.graphs)
     for _ in range(repeats):
         for side in sides.values():
             side.seconds[kind].append(side.ask(Side.step_s))
+    compiled: int = sides[OURS].ask(Side.graphs)
+    return compiled - graphs
 
 
 def _tell(sides: dict[str, Remote], kinds: list[str], options: argparse.Namespace, first_s: dict[str, float]) -> None:

@@ -33,7 +33,6 @@ def test_both_loops_compute_the_same_and_are_compared() -> None:
     assert flops["ours, its own captions"] < 0.97 * flops["ours, full captions"]
     memory = {name: row[4] for name, row in rows.items()}
     assert memory["ours, its own captions"] < memory["ours, full captions"] < memory["diffusers loop, full captions"]
-    assert lines[-1] == "compiled anew after the first steps: 0 graphs"
 
 
 def test_aspect_buckets_take_turns() -> None:

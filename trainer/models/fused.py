@@ -1,7 +1,8 @@
 """Normalisations with backward passes of their own, which recompute what autograd would keep and take fewer passes over
 memory. A compiler sees through them and fuses as it would without.
 
-B batch, N tokens of one stream, S of all streams, M streams, D width, H heads, d a head's channels. Arithmetic is float32.
+B batch, N tokens of one stream, S of all streams, M streams, D width, H heads, d a head's channels. Norms compute in float32.
+Gradients that nobody asks for, a frozen network's, are not computed, and nothing is kept for them.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor
 
 
 class ModulatedNorm(torch.autograd.Function):
-    """Layer norm without weights, then adaptive scale and shift (Peebles & Xie 2023), float32. Keeps its input, which the
-    residual stream keeps anyway, and recomputes the normalised input."""
+    """Layer norm without weights, then adaptive scale and shift (Peebles & Xie 2023), float32. Keeps its input alone, and
+    recomputes the normalised one."""
 
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
@@ -22,17 +23,23 @@ class ModulatedNorm(torch.autograd.Function):
         return normal_BND.mul_(_factor(scale_BD)).add_(shift_BD.float()[:, None])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient_BND = gradients[0].float()
         x_BND, mean_BN1, rstd_BN1, scale_BD = ctx.saved_tensors
         of_x, of_shift, of_scale = ctx.dtypes
-        normal_BND = (x_BND.float() - mean_BN1) * rstd_BN1
-        scale = (normal_BND * gradient_BND).sum(1)
-        x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            gradient_BND * _factor(scale_BD), x_BND.float(), x_BND.shape[-1:], mean_BN1, rstd_BN1, None, None,
-            [True, False, False],
-        )  # fmt: skip
-        return x.to(of_x), gradient_BND.sum(1).to(of_shift), scale.to(of_scale), None
+        x = shift = scale = None
+        if ctx.needs_input_grad[0]:
+            x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                gradient_BND * _factor(scale_BD), x_BND.float(), x_BND.shape[-1:], mean_BN1, rstd_BN1, None, None,
+                [True, False, False],
+            )  # fmt: skip
+            x = x.to(of_x)
+        if ctx.needs_input_grad[1]:
+            shift = gradient_BND.sum(1).to(of_shift)
+        if ctx.needs_input_grad[2]:
+            normal_BND = (x_BND.float() - mean_BN1) * rstd_BN1
+            scale = (normal_BND * gradient_BND).sum(1).to(of_scale)
+        return x, shift, scale, None
 
 
 def _factor(scale_BD: Tensor) -> Tensor:
@@ -44,15 +51,19 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, gate_BD: Tensor, branch_BND: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_BD, branch_BND)
+        ctx.dtypes = gate_BD.dtype, branch_BND.dtype
+        _, for_gate, for_branch = ctx.needs_input_grad
+        ctx.save_for_backward(gate_BD if for_branch else None, branch_BND if for_gate else None)
         return torch.addcmul(x_BND, gate_BD[:, None], branch_BND)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_BND,) = gradients
         gate_BD, branch_BND = ctx.saved_tensors
-        gate = (gradient_BND * branch_BND).sum(1)
-        return gradient_BND, gate.to(gate_BD.dtype), (gradient_BND * gate_BD[:, None]).to(branch_BND.dtype)
+        of_gate, of_branch = ctx.dtypes
+        gate = None if branch_BND is None else (gradient_BND * branch_BND).sum(1).to(of_gate)
+        branch = None if gate_BD is None else (gradient_BND * gate_BD[:, None]).to(of_branch)
+        return gradient_BND, gate, branch
 
 
 class JoinedHeads(torch.autograd.Function):
@@ -85,7 +96,10 @@ class JoinedHeads(torch.autograd.Function):
         along_BS2Hd = torch.stack([q, k], dim=2).float()
         normal_BS2Hd = joined_BS3Hd[:, :, :2].float() * rstd
         product_BS2Hd = along_BS2Hd * normal_BS2Hd
-        weights = [part.sum((0, 2)) for part in product_BS2Hd.sum(0).split(ctx.lengths)]
+        weights_M2d_gradient = None
+        if ctx.needs_input_grad[2]:
+            parts = product_BS2Hd.sum(0).split(ctx.lengths)
+            weights_M2d_gradient = torch.stack([part.sum((0, 2)) for part in parts]).to(weights_M2d.dtype)
         _weigh(along_BS2Hd, weights_M2d, ctx.lengths)
         _weigh(product_BS2Hd, weights_M2d, ctx.lengths)
         mean = product_BS2Hd.sum(-1, keepdim=True).div_(product_BS2Hd.shape[-1])
@@ -93,7 +107,7 @@ class JoinedHeads(torch.autograd.Function):
         out = []
         for part, of_v in zip(raw_BS2Hd.split(ctx.lengths, 1), v.split(ctx.lengths, 1), strict=True):
             out.append(torch.cat([part.to(of_v.dtype), of_v[:, :, None]], dim=2).flatten(2))
-        return None, None, torch.stack(weights).to(weights_M2d.dtype), *out
+        return None, None, weights_M2d_gradient, *out
 
 
 def _weigh(x_BS2Hd: Tensor, weights_M2d: Tensor, lengths: list[int]) -> None:

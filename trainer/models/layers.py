@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.models.fused import Gated, JoinedHeads, ModulatedNorm
 
 EPS = 1e-6
-"""Of all norms."""
+"""Of the denoisers' norms."""
 
 
 def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:

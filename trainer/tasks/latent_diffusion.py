@@ -88,7 +88,7 @@ class LatentDiffusionTask(Task):
         self.codec = (load_codec(self.config.codec) if codec is None else codec).to(device)
         # the layout in which convolutions are fastest, on tensor cores and on a CPU
         self.codec.vae.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for module in self.codec.vae.encoder.modules():  # what a norm gave nobody reads again
+        for module in self.codec.vae.encoder.modules():  # what they are given nobody reads again
             if isinstance(module, nn.SiLU):
                 module.inplace = True
         torch.manual_seed(run.seed)  # the same weights on every rank and any number of them
