@@ -32,7 +32,7 @@ class TextInput(Protocol):
 
 def trimmed_length(mask_BL: Tensor) -> int:
     """Up to the last place that is real in some caption; each encoder has one at least. The mask is on the host."""
-    return int(mask_BL.any(0).nonzero().max()) + 1
+    return int(mask_BL.any(0).numpy().nonzero()[0].max()) + 1
 
 
 @dataclass(frozen=True)
