@@ -18,7 +18,6 @@ of the turns'. Peak memory is that of tensors, states included. What LPL costs i
 import argparse
 import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -143,16 +142,8 @@ class Side:
 
 
 def _serve(name: str, options: argparse.Namespace, connection: Connection) -> None:
-    with socket.socket() as free:  # of its own: the environment may name the job's
-        free.bind(("127.0.0.1", 0))
-        address = free.getsockname()
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": address[0],
-        "MASTER_PORT": str(address[1]),
-    }
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(variable, None)  # each is alone, whatever job this is in
     side = Side(name, options)
     while (method := connection.recv()) is not None:
         connection.send(getattr(side, method)())

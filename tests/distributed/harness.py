@@ -1,8 +1,10 @@
 """Run a function on several ranks, as a job's processes on this machine, and bring back what each returned."""
 
 import atexit
+import contextlib
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -25,9 +27,13 @@ class RankError(RuntimeError):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Below those that the kernel gives to connections: a rank imports for seconds before it binds, and any other test's
+    connection may have got the port by then."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, replicas: int = 1) -> list[Any]:

@@ -56,7 +56,9 @@ def at_step(folder: Path, step: int, ranks: list[subprocess.Popen], act: Callabl
     run = RunFolder(str(folder))
     while not any(record["step"] >= step for record in run.metrics()):
         assert time.monotonic() < deadline, "the run does not get to the step"
-        assert all(rank.poll() is None for rank in ranks), "a rank ended before it was disturbed"
+        if any(rank.poll() is not None for rank in ranks):
+            logs = "\n".join(path.read_text() for path in folder.parent.glob(f"{folder.name}.*.log"))
+            raise AssertionError(f"a rank ended before it was disturbed:\n{logs}")
         time.sleep(0.02)
     act()
 
