@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from data.batches import Batch
 from ops.bench.lpl import MIB, flops_of, peak_of
 from ops.bench.step_loops import DiffusersLoop, Ours, batches, comparable, dataset_captions, with_captions
 from trainer.config import replace
@@ -83,16 +84,18 @@ class Side:
         """Of steps whose draws are the same on both sides."""
         found = []
         for _, batch in zip(range(CHECKED_STEPS), cycle(self._batches), strict=False):
-            loop = self._loop
-            loss = loop.step(batch, equal_draws=True) if isinstance(loop, DiffusersLoop) else loop.step(batch)
-            found.append(float(loss))
+            found.append(float(self._with_equal_draws(batch)))
         return found
+
+    def _with_equal_draws(self, batch: Batch) -> Tensor:
+        loop = self._loop
+        return loop.step(batch, equal_draws=True) if isinstance(loop, DiffusersLoop) else loop.step(batch)
 
     def first_s(self) -> float:
         """Seconds of the first step of each shape, compilation included; before any other step."""
         began = time.perf_counter()
         for batch in self._batches:
-            self._loop.step(batch)
+            self._with_equal_draws(batch)
         self._synchronize()
         return time.perf_counter() - began
 
