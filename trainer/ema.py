@@ -108,10 +108,10 @@ def averaged(module: nn.Module, ema: EMA) -> Iterator[None]:
 
 @torch.no_grad()
 def move(average: list[Tensor], weights: list[Tensor], decay: float, skip: Tensor) -> None:
-    """Move `average` a step towards `weights`, of its dtypes, in place; not at all where `skip` is 1.0."""
+    """Move `average` a step towards `weights`, in place; not at all where `skip` is 1.0."""
     share = (1.0 - decay) * (1.0 - skip)
     if not share.is_cuda:  # in one pass, which for a share on the device there is no kernel for
-        torch._foreach_lerp_(average, weights, [share] * len(weights))
+        torch._foreach_lerp_(average, in_dtypes_of(average, weights), [share] * len(weights))
         return
     difference = torch._foreach_sub(weights, average)
     torch._foreach_mul_(difference, share)
@@ -121,7 +121,12 @@ def move(average: list[Tensor], weights: list[Tensor], decay: float, skip: Tenso
 @torch.no_grad()
 def follow(average: list[Tensor], weights: list[Tensor], share: float) -> None:
     """Move `average` by `share` of the way to `weights`, in place; 1: become them."""
-    torch._foreach_lerp_(average, weights, share)
+    torch._foreach_lerp_(average, in_dtypes_of(average, weights), share)
+
+
+def in_dtypes_of(average: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """The weights themselves where they are of the average's dtype: of another, there is no kernel."""
+    return [w.to(a.dtype) for w, a in zip(weights, average, strict=True)]
 
 
 class HostUpdate:

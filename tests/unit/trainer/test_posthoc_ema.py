@@ -179,6 +179,22 @@ def test_in_host_memory_profiles_are_the_same() -> None:
             assert not torch.equal(average, plain.average[name])
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_averages_of_weights_in_another_precision_are_float32(offload: bool) -> None:
+    averages = []
+    for dtype in (torch.float32, torch.float64):
+        module = nn.Linear(30, 30, bias=False, dtype=dtype)
+        nn.init.zeros_(module.weight)
+        ema = EMA(module, offload=offload, profiles=KEPT)
+        nn.init.ones_(module.weight)
+        ema.update(0.9, torch.tensor(0.0), 3)
+        averages.append([of["weight"].clone() for of in (ema.average, *ema.profiles.values())])
+    for of_single, of_double in zip(*averages, strict=True):
+        assert of_double.dtype is torch.float32
+        assert of_single.min() > 0
+        assert torch.equal(of_single, of_double)
+
+
 # ------------------------------------------------------------------------------------------------ which snapshots there are
 
 
