@@ -18,7 +18,7 @@ def start_forkserver() -> None:
     Python's tracker of semaphores outlive SLURM's SIGUSR2, of which it knows nothing by itself.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.loader"])
+    context.set_forkserver_preload(["data.worker_imports"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         multiprocessing.resource_tracker.ensure_running()

@@ -10,6 +10,19 @@ from contextlib import contextmanager
 EVERY_STEPS = 50
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """For what makes many objects that stay, as imports do: nothing looks at them, neither meanwhile nor later."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
 class GarbageCollection:
     """Nothing is collected within `held` but in `end_step`. What the start has made, modules and functions for the most part,
     is looked at once and never again: `gc.freeze`."""

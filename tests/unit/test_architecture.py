@@ -13,14 +13,17 @@ ROOTS = ("launch.cli", "launch.commands", "data.cli", "data.commands", "ops.benc
 """Composition roots: may import anything, lazily, and nothing imports them."""
 LEAVES = (
     "trainer.background", "trainer.checkpoint.errors", "trainer.config", "trainer.config_text", "trainer.discovery",
-    "trainer.errors", "trainer.exporter", "trainer.goodput", "trainer.metric_names", "trainer.metrics_server", "trainer.phases",
-    "trainer.recipes", "trainer.restarts", "trainer.run_folder", "trainer.run_names", "trainer.secret_names",
-    "trainer.slurm_environment", "trainer.urls",
+    "trainer.errors", "trainer.exporter", "trainer.garbage", "trainer.goodput", "trainer.metric_names",
+    "trainer.metrics_server", "trainer.phases", "trainer.recipes", "trainer.restarts", "trainer.run_folder",
+    "trainer.run_names", "trainer.secret_names", "trainer.slurm_environment", "trainer.urls",
 )  # fmt: skip
 LIBRARIES_OF_LEAVES = {"pydantic", "yaml", "fsspec", "prometheus_client"}
 
 ALLOWED = {
-    "data": ("data", "trainer.metric_names", "trainer.errors", "trainer.exporter", "trainer.discovery", "trainer.urls"),
+    "data": (
+        "data", "trainer.metric_names", "trainer.errors", "trainer.exporter", "trainer.discovery", "trainer.garbage",
+        "trainer.urls",
+    ),
     "launch": (
         "launch", "trainer.checkpoint.folder", "trainer.checkpoint.manifests",
         "trainer.checkpoint.records", "data.deadlines", "data.demands", "data.schema", "data.storage", "data.wds", *LEAVES,

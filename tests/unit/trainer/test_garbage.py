@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from trainer.garbage import EVERY_STEPS, GarbageCollection
+from trainer.garbage import EVERY_STEPS, GarbageCollection, without_collection
 
 
 class Cycle:
@@ -55,3 +55,19 @@ def test_it_is_as_before_also_after_an_error() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_stays_is_not_looked_at_neither_meanwhile_nor_later() -> None:
+    looked: list[str] = []
+    gc.callbacks.append(lambda phase, _: looked.append(phase))
+    try:
+        with without_collection():
+            kept = [[] for _ in range(5000)]  # type: ignore[var-annotated]
+            for part in kept:
+                part.append(part)
+        assert not looked
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 5000
+    finally:
+        gc.callbacks.clear()
+        gc.unfreeze()
