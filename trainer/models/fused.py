@@ -37,8 +37,8 @@ class ModulatedNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             shift = gradient_BND.sum(1).to(of_shift)
         if ctx.needs_input_grad[2]:
-            normal_BND = (x_BND.float() - mean_BN1) * rstd_BN1
-            scale = (normal_BND * gradient_BND).sum(1).to(of_scale)
+            normal_BND = (x_BND.float() - mean_BN1).mul_(rstd_BN1)
+            scale = normal_BND.mul_(gradient_BND).sum(1).to(of_scale)  # in place: three buffers do not fit the cache
         return x, shift, scale, None
 
 
