@@ -3,7 +3,8 @@ in a process of its own, in turns.
 
     python -m ops.bench.step [--recipe demo] [--resolution 64] [--batch-size 32] [--repeats 30] [--compile] [--stored-latents]
     python -m ops.bench.step --recipe sd3_medium_512 --resolution 256 --batch-size 16 --compile         # 2B, on a GPU
-    python -m ops.bench.step --recipe imagenet_512_lpl --stored-latents --compile                       # 816M
+    python -m ops.bench.step --recipe sd3_medium_512 --batch-size 16 --compile task.model.num_blocks=18 \\
+        task.model.num_heads=18 task.model.num_dual_attention_blocks=0                                  # 856M
     python -m ops.bench.step --recipe sd3_medium_512 --buckets --batch-size 4 --compile                 # mixed aspects
     make bench-gpu                                                                                      # all of them
 
@@ -33,7 +34,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from data.batches import Batch
 from ops.bench.lpl import MIB, flops_of, peak_of
 from ops.bench.step_loops import DiffusersLoop, Ours, batches, comparable, dataset_captions, with_captions
-from trainer.config import replace
+from trainer.config import RunConfig, replace
+from trainer.config_text import with_overrides
+from trainer.errors import UserError
 from trainer.parallel.world import init_world
 from trainer.peak_flops import from_table
 from trainer.profiling import spans_of
@@ -48,13 +51,21 @@ TOLERANCE = 1e-4
 """Of losses in float32, relative; bf16 has 2e-2."""
 
 
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """
+    Raises:
+        UserError: unknown recipe, field or value, or of a model that the peer does not have.
+    """
+    return comparable(with_overrides(load(options.recipe), options.overrides))
+
+
 class Side:
     """One of the two, in its process. Methods are called by name from the other end of a pipe."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self._world = init_world()
         self._device = self._world.device
-        config = comparable(load(options.recipe))
+        config = config_of(options)
         config = replace(config, parallel=replace(config.parallel, compile=options.compile))
         phase = config.phases[-1]
         phase = replace(
@@ -171,7 +182,7 @@ class Remote:
             raise SystemExit("one of the two processes has ended; its error is above") from None
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo", help="of an MMDiT in SD3's layout")
     parser.add_argument("--resolution", type=int, help="in pixels; the last phase's unless told")
@@ -180,7 +191,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="both: our blocks, and the peer's model whole")
     parser.add_argument("--stored-latents", action="store_true", help="in place of online encoding")
     parser.add_argument("--buckets", action="store_true", help="images of the default aspect buckets, in turns")
-    options = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser_of_options().parse_args(arguments)
+    try:
+        config_of(options)
+    except UserError as e:
+        raise SystemExit(f"error: {e}") from None
     context = multiprocessing.get_context("spawn")
     sides: dict[str, Remote] = {}
     for name in (PEER, OURS):
@@ -229,7 +249,9 @@ def _tell(sides: dict[str, Remote], kinds: list[str], options: argparse.Namespac
         print(f"ours over the diffusers loop, {kind}: {faster:.3f}x the images a second, "
               f"{ours.peaks[kind] / theirs.peaks[kind]:.3f}x the peak memory")  # fmt: skip
     how = ", compiled" * options.compile + ", stored latents" * options.stored_latents
-    print(f"{options.recipe}, {size}, {batch_size} images of {', '.join(shapes)}, {device}{how}")
+    print(
+        f"{' '.join([options.recipe, *options.overrides])}, {size}, {batch_size} images of {', '.join(shapes)}, {device}{how}"
+    )
     peak = from_table(device)
     print(
         f"{'':33s} {'ms':>9s} {'images/s':>9s} {'GFLOP':>9s} {'TFLOP/s':>8s} {'MFU':>6s} {'peak MiB':>9s} {'first s':>8s}"

@@ -24,6 +24,7 @@ from trainer.config import (
     resolve_url,
 )
 from trainer.ema import EMA
+from trainer.errors import UserError
 from trainer.host_memory import keep_freed_memory
 from trainer.models.mmdit import MMDiT
 from trainer.models.sd3_weights import mmdit_to_diffusers
@@ -146,12 +147,23 @@ class DiffusersLoop:
 
 
 def comparable(config: RunConfig) -> RunConfig:
-    """Without what the peer has not: dropped captions, a loss by noise level, decay by group, a perceptual loss."""
+    """Without what the peer has not: dropped captions, a loss by noise level, decay by group, a perceptual loss, recomputation.
+
+    Raises:
+        UserError: diffusers' `SD3Transformer2DModel` is another model.
+    """
     task = config.task
-    assert isinstance(task, LatentDiffusionConfig)
+    if (
+        not isinstance(task, LatentDiffusionConfig)
+        or not isinstance(task.model, MMDiTConfig)
+        or task.model.layout != "sd3"
+    ):
+        raise UserError(f"--recipe {config.name}: not an MMDiT in SD3's layout, which is all that the peer has; have demo and "
+                        "sd3_medium_512, whose size FIELD=VALUE changes")  # fmt: skip
     task = replace(task, caption_dropout=0.0)
     phases = tuple(replace(phase, perceptual=None) for phase in config.phases)
-    return replace(config, task=task, phases=phases, optim=replace(config.optim, weight_decay=0.0))
+    parallel = replace(config.parallel, activation_checkpointing="none")
+    return replace(config, task=task, phases=phases, parallel=parallel, optim=replace(config.optim, weight_decay=0.0))
 
 
 def batches(config: RunConfig, phase: PhaseConfig, size: int, *, stored: bool, buckets: bool) -> list[Batch]:
