@@ -5,6 +5,8 @@ import os
 
 import click
 
+from trainer.errors import UserError
+
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("recipe")
@@ -25,7 +27,7 @@ def plan(
 ) -> int:  # fmt: skip
     """Say what RECIPE, a recipe, a run's folder or a config.yaml, needs on these GPUs: memory by part, FLOPs, time of a step,
     MFU, images/s, loader, checkpoints, days and cost of each phase. Picks the sharding, recomputation and micro-batch that
-    fit and are fastest by its reckoning.
+    fit and are fastest by its reckoning; of them, what --set gives stays.
 
     Nothing is allocated, read or queued, and no GPU is needed; what is not there of the recipe's frozen networks is taken
     for the published ones. Ends with 1 where a phase does not fit. docs/scaling.md says what is assumed.
@@ -34,6 +36,7 @@ def plan(
     Examples:
       loupe plan sd3_medium_512 --gpus 64 --gpu h100
       loupe plan imagenet_512_lpl --gpus 32 --gpu h200 --network 200 --price-per-gpu-hour 2.5
+      loupe plan sd3_medium_512 --gpus 64 --gpu h100 --set parallel.activation_checkpointing=selective
       loupe plan finetune --gpus 8 --gpu a100 --set phases.0.batch_size=64
       loupe plan runs/first --gpus 128 --gpu b200 --json
     """
@@ -44,12 +47,14 @@ def plan(
     cluster = Cluster(gpu, gpus, gpus_per_node, network_gbit(network) if network else gpu.nic_gbit_per_s)
     config = load_config(_config_file(recipe), overrides)
 
-    from trainer.plan.choose import check_batches, make_plan
+    from trainer.plan.choose import LAYOUT_FIELDS, layouts, make_plan
     from trainer.plan.recipe import count_recipe
     from trainer.plan.text import show, to_json
 
-    check_batches(config, cluster)  # before seconds are spent on counting
-    made = make_plan(config, count_recipe(config), cluster, price_per_gpu_hour)
+    changed = {override.partition("=")[0].strip() for override in overrides}
+    held = [name for name in LAYOUT_FIELDS if {f"parallel.{name}", "parallel"} & changed]
+    list(layouts(config, cluster, held))  # what it refuses, before seconds are spent on counting
+    made = make_plan(config, count_recipe(config), cluster, price_per_gpu_hour, held)
     if as_json:
         click.echo(json.dumps(to_json(made), indent=2))
     else:
@@ -64,6 +69,10 @@ def _config_file(recipe: str) -> str:
     from trainer.recipes import RECIPES
     from trainer.run_folder import CONFIG
 
-    if recipe in RECIPES or recipe.endswith((".yaml", ".yml")) or not ("://" in recipe or os.path.isdir(recipe)):
+    if recipe in RECIPES or recipe.endswith((".yaml", ".yml")):
         return recipe
+    if "/" in recipe and "://" not in recipe and not os.path.isdir(recipe):
+        raise UserError(f"{recipe}: no such folder, and no recipe either (`loupe recipes`)")
+    if "://" not in recipe and not os.path.isdir(recipe):
+        return recipe  # no recipe, which says what there is
     return f"{recipe.rstrip('/')}/{CONFIG}"

@@ -1,13 +1,15 @@
 """The plan: of all layouts that fit, the fastest; and of each phase what it needs and takes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from trainer.config import PhaseConfig, RunConfig
 from trainer.errors import UserError
+from trainer.plan.counting import Recompute
 from trainer.plan.hardware import (
     DECODED_PER_CORE_S,
     HOST_COPY_BYTES_PER_S,
+    MARGIN_SHARE,
     PHOTO_BYTES,
     PHOTO_SIDE,
     STORAGE_BYTES_PER_S,
@@ -18,6 +20,9 @@ from trainer.plan.recipe import PhaseCount, RecipeCount
 from trainer.plan.step_time import StepTime, StepTimes
 
 DAY_S = 86400.0
+RECOMPUTATIONS: tuple[Recompute, ...] = ("none", "selective", "full")
+LAYOUT_FIELDS = ("replicas", "activation_checkpointing", "reshard_after_forward", "micro_batch_size")
+"""Of `parallel`, which a plan chooses unless they are held."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,15 @@ class Plan:
 
 
 def make_plan(
-    run: RunConfig, count: RecipeCount, cluster: Cluster, price_per_gpu_hour: float | None = None
+    run: RunConfig, count: RecipeCount, cluster: Cluster, price_per_gpu_hour: float | None = None,
+    held: Collection[str] = (),
 ) -> Plan:  # fmt: skip
-    """
+    """`held`: fields of `run.parallel` that are to stay as they are; nothing else is weighed.
+
     Raises:
-        UserError: a phase's batch does not divide over the GPUs.
+        UserError: a phase's batch does not divide over the GPUs, or a held field does not go with them.
     """
-    check_batches(run, cluster)
+    weighed = list(layouts(run, cluster, held))
     times = [StepTimes(run, count, phase, cluster) for phase in count.phases]
     written = Layout(
         run.parallel.replicas, run.parallel.activation_checkpointing, run.parallel.reshard_after_forward,
@@ -87,11 +94,11 @@ def make_plan(
     def seconds(layout: Layout) -> float:
         return sum(p.phase.steps * t.of(layout).whole for p, t in zip(count.phases, times, strict=True))
 
-    candidates = [layout for layout in layouts(run, cluster) if fits(layout)]
+    candidates = [layout for layout in weighed if fits(layout)]
     if candidates:
         chosen = min(candidates, key=seconds)
     else:  # the one that lacks least, so that what is missing can be seen
-        chosen = min(layouts(run, cluster), key=lambda layout: max(
+        chosen = min(weighed, key=lambda layout: max(
             _needs(run, count, phase, layout, cluster) for phase in count.phases))  # fmt: skip
     phases = tuple(_phase(run, count, p, t, chosen, cluster) for p, t in zip(count.phases, times, strict=True))
     size = checkpoint_bytes(run, count.parameters, count.buffer_bytes)
@@ -114,16 +121,38 @@ def check_batches(run: RunConfig, cluster: Cluster) -> None:
             )
 
 
-def layouts(run: RunConfig, cluster: Cluster) -> Iterator[Layout]:
-    """All that are weighed: copies of whole nodes or of all, every recomputation, micro-batches by halves."""
+def layouts(run: RunConfig, cluster: Cluster, held: Collection[str] = ()) -> Iterator[Layout]:
+    """All that are weighed: copies of whole nodes or of all, every recomputation, micro-batches by halves; of what is held,
+    the run's own.
+
+    Raises:
+        UserError: a phase's batch does not divide over the GPUs, or what is held does not go with them.
+    """
+    check_batches(run, cluster)
+    own = run.parallel
     most = max(phase.batch_size for phase in run.phases) // cluster.num_gpus
     every = [phase.batch_size // cluster.num_gpus for phase in run.phases]
     micro = [n for n in range(1, most + 1) if all(per_rank <= n or per_rank % n == 0 for per_rank in every)]
+    if "micro_batch_size" in held and own.micro_batch_size:
+        if own.micro_batch_size < most and own.micro_batch_size not in micro:
+            of_all = " and ".join(str(n) for n in sorted(set(every)))
+            raise UserError(
+                f"parallel.micro_batch_size: {of_all} images of a GPU do not divide by {own.micro_batch_size}"
+            )
+        micro = [own.micro_batch_size]
     shards = {cluster.num_gpus, *(n for n in (1, cluster.gpus_per_node, 4 * cluster.gpus_per_node)
                                   if cluster.num_gpus % n == 0 and n <= cluster.num_gpus)}  # fmt: skip
+    if "replicas" in held:
+        if cluster.num_gpus % own.replicas:
+            raise UserError(f"parallel.replicas: {own.replicas} copies do not divide over --gpus {cluster.num_gpus}")
+        shards = {cluster.num_gpus // own.replicas}
+    recomputations = (own.activation_checkpointing,) if "activation_checkpointing" in held else RECOMPUTATIONS
+    freed = (True, False) if cluster.num_gpus > 1 else (True,)
+    if "reshard_after_forward" in held:
+        freed = (own.reshard_after_forward,)
     for num_shards in sorted(shards):
-        for recompute in ("none", "selective", "full"):
-            for reshard in (True, False) if cluster.num_gpus > 1 else (True,):
+        for recompute in recomputations:
+            for reshard in freed:
                 for images in micro:
                     yield Layout(cluster.num_gpus // num_shards, recompute, reshard, images)
 
@@ -170,16 +199,17 @@ def _phase(
         mfu=sum(parts.values()) / step.whole / gpu.peak_flops, images_per_s=images_per_s, loader_cores=cores,
         loader_bytes_per_s=a_node * image_bytes, checkpoint_stall_s=stall_s, checkpoint_write_s=write_s,
         days=seconds / DAY_S, gpu_hours=seconds / 3600 * cluster.num_gpus,
-        mend=None if needed <= gpu.memory_bytes else _mend(run, memory),
+        mend=None if needed <= gpu.memory_bytes else _mend(run, memory, needed - gpu.memory_bytes),
     )  # fmt: skip
 
 
-def _mend(run: RunConfig, memory: dict[str, float]) -> str:
+def _mend(run: RunConfig, memory: dict[str, float], missing: float) -> str:
     """What would help most, by what is largest; recomputation and the smallest micro-batch have been tried."""
     largest = max((part for part in memory if part != "margin"), key=lambda part: memory[part])
     if largest in ("parameters", "gradients", "optimizer", "ema"):
-        offload = "" if run.ema.offload else ", or ema.offload=true"
-        return f"{largest} are the most of it: more GPUs{offload}"
+        enough = not run.ema.offload and memory["ema"] * (1 + MARGIN_SHARE) >= missing
+        word = {"optimizer": "the optimizer's moments", "ema": "averages"}.get(largest, largest)
+        return f"{word} are the most of it: more GPUs{', or ema.offload=true' if enough else ''}"
     if largest == "gathered":
         return (
             "gathered parameters and gradients are the most of it: more GPUs, so that no gradients are summed up before"

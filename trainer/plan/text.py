@@ -158,6 +158,8 @@ def _run(plan: Plan, console: Console) -> None:
     console.print(table)
     days, hours = sum(p.days for p in plan.phases), sum(p.gpu_hours for p in plan.phases)
     cost = f", cost {_whole(hours * price)}" if price is not None else ""
+    if not plan.fits:
+        console.print("Does not fit: times and cost are of a layout that cannot run.", style="red")
     console.print(
         f"all phases: {in_unit(days * DAY_S, LENGTHS)}, {_whole(hours)} GPU-hours{cost}; a checkpoint is "
         f"{in_unit(plan.checkpoint_bytes, SIZES)}"

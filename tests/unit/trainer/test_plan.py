@@ -21,6 +21,7 @@ from trainer.errors import UserError
 from trainer.flops import Flops
 from trainer.live_tensors import LiveTensors
 from trainer.parallel.apply import apply_activation_checkpointing
+from trainer.plan import choose
 from trainer.plan import recipe as counted_recipe
 from trainer.plan.choose import layouts, make_plan
 from trainer.plan.counting import Recompute, count_trained
@@ -198,6 +199,10 @@ def test_the_fastest_that_fits_is_taken_and_what_does_not_fit_is_said() -> None:
     show(none, Console(file=out, width=120))
     assert "DOES NOT FIT" in out.getvalue()
     assert "lacks" in out.getvalue()
+    assert "of a layout that cannot run" in out.getvalue()
+    out = io.StringIO()
+    show(plan, Console(file=out, width=120))
+    assert "cannot run" not in out.getvalue()
 
 
 def test_text_and_json_say_the_same() -> None:
@@ -244,6 +249,42 @@ def test_units_and_digits() -> None:
     assert number(0.0004) == "0.0004"
 
 
+def test_what_is_held_stays_and_the_rest_is_chosen() -> None:
+    run, count = tiny_count()
+    cluster = Cluster(GPUS["h100"], 4, 2, 400)
+    free = make_plan(run, count, cluster)
+    wanted = with_overrides(run, ["parallel.activation_checkpointing=full", "parallel.replicas=4"])
+    held = make_plan(wanted, count, cluster, held=("activation_checkpointing", "replicas"))
+    assert (held.layout.recompute, held.layout.replicas) == ("full", 4)
+    assert (held.layout.recompute, held.layout.replicas) != (free.layout.recompute, free.layout.replicas)
+    assert held.layout.reshard == free.layout.reshard or held.layout.replicas != free.layout.replicas
+    assert sum(p.days for p in held.phases) > sum(p.days for p in free.phases)
+    assert make_plan(wanted, count, cluster).layout == free.layout, "not held"
+    kept = with_overrides(run, ["parallel.reshard_after_forward=false", "parallel.micro_batch_size=1"])
+    weighed = list(layouts(kept, cluster, ("reshard_after_forward", "micro_batch_size")))
+    assert {(one.reshard, one.micro_batch) for one in weighed} == {(False, 1)}
+    assert len({(one.recompute, one.replicas) for one in weighed}) > 3
+
+
+def test_the_command_holds_what_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
+    arguments = [str(tmp_path), "--gpus", "2", "--gpu", "h100", "--json"]
+    found = CliRunner().invoke(command, [*arguments, "--set", "parallel.activation_checkpointing=full"])
+    assert json.loads(found.output)["layout"]["recompute"] == "full"
+    assert json.loads(CliRunner().invoke(command, arguments).output)["layout"]["recompute"] == "none"
+
+
+def test_offload_is_offered_where_it_is_enough() -> None:
+    run, count = tiny_count()
+    roomy = Cluster(GPUS["h100"], 1, 8, 400)
+    (first, *_) = make_plan(run, count, roomy).phases
+    state = {"parameters": 0.0, "gradients": 0.0, "optimizer": 9.0, "ema": 4.0, "activations": 1.0, "margin": 99.0}
+    assert set(state) <= set(first.memory)
+    assert "ema.offload=true" in choose._mend(run, state, missing=4.0)
+    assert "ema.offload" not in choose._mend(run, state, missing=5.0)
+    assert "more GPUs" in choose._mend(run, state, missing=5.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -255,6 +296,15 @@ def test_units_and_digits() -> None:
         (["demo", "--gpus", "3", "--gpu", "h100"], "low_resolution.batch_size: 64"),
         (["autoencoder_kl_f8", "--gpus", "8", "--gpu", "h100"], "task.kind: autoencoder"),
         (["nonesuch", "--gpus", "8", "--gpu", "h100"], "no recipe 'nonesuch'"),
+        (["runs/nonesuch", "--gpus", "8", "--gpu", "h100"], "runs/nonesuch: no such folder"),
+        (
+            ["demo", "--gpus", "2", "--gpu", "h100", "--set", "parallel.replicas=3"],
+            "parallel.replicas: 3 copies do not divide",
+        ),
+        (
+            ["demo", "--gpus", "2", "--gpu", "h100", "--set", "parallel.micro_batch_size=5"],
+            "parallel.micro_batch_size: 16 and 32 images of a GPU do not divide by 5",
+        ),
         (["tests", "--gpus", "8", "--gpu", "h100"], "tests/config.yaml: the config cannot be read"),
         (
             ["demo", "--gpus", "8", "--gpu", "h100", "--gpus-per-node", "3"],
