@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,13 +70,19 @@ def test_a_stopped_run_ends_with_75_and_the_same_command_goes_on(start: Path) ->
     run_dir = start / "runs/demo"
     launcher = subprocess.Popen(command(), cwd=start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + 200
-    while not any(steps_by_attempt(run_dir)):
-        assert launcher.poll() is None, f"{launcher.communicate()[0]}{logs(run_dir)}"
-        assert time.monotonic() < end, logs(run_dir)
-        time.sleep(0.05)
+
+    def wait_for(there: Callable[[], object]) -> None:
+        while not there():
+            assert launcher.poll() is None, f"{launcher.communicate()[0]}{logs(run_dir)}"
+            assert time.monotonic() < end, logs(run_dir)
+            time.sleep(0.05)
+
+    wait_for((run_dir / "logs/rank-0.log").exists)
+    # while the ranks import: their twenty steps take no longer than this command does on a busy machine
     second = subprocess.run(command(), cwd=start, capture_output=True, text=True, check=False, timeout=300)
     assert second.returncode == 2
     assert f"in use by process {launcher.pid}" in second.stderr
+    wait_for(lambda: any(steps_by_attempt(run_dir)))
     launcher.send_signal(signal.SIGTERM)
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 75, output + logs(run_dir)

@@ -76,9 +76,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Promethe
 
 
 def expressions() -> list[tuple[str, str, str]]:
-    """(dashboard or `rules`, panel or rule, query)."""
-    found = [(name, one.panel, filled(one.expression, {**USUAL, **WINDOW}))
-             for name in NAMES for one in asked(FOLDER / f"{name}.json")]  # fmt: skip
+    """(dashboard or `rules`, panel or rule, query). An annotation is a moment's: asked for over all the time."""
+    found = []
+    for name in NAMES:
+        for one in asked(FOLDER / f"{name}.json"):
+            query = filled(one.expression, {**USUAL, **WINDOW})
+            over_all = f"count_over_time(({query})[15m:1s])"
+            found.append((name, one.panel, over_all if one.panel.startswith("annotation ") else query))
     for rule in each_rule(all_rules()):
         if "record" in rule:
             found.append(("rules", rule["record"], rule["expr"]))
