@@ -132,6 +132,19 @@ def load_config(recipe: str, overrides: Sequence[str]) -> RunConfig:
     )
 
 
+def profiled(overrides: Sequence[str]) -> tuple[str, ...]:
+    """What `--profile` makes of `--set`: a profile as it is by default, but for what they say of it.
+
+    Raises:
+        UserError: they say that there is none.
+    """
+    for override in overrides:
+        field, _, value = override.partition("=")
+        if field.strip() == "profile" and value.strip() in ("null", "~", ""):
+            raise UserError(f"--profile: --set {override} says that nothing is traced; leave out one of them")
+    return ("profile={}", *overrides)
+
+
 def check(spec: JobSpec, config: RunConfig) -> list[str]:
     """Everything that can be refused before the job exists, the run folder aside; returns warnings to print.
 

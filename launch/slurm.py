@@ -25,6 +25,7 @@ from launch.job import (
     check,
     check_folder,
     load_config,
+    profiled,
     remove_run,
     time_limit_min,
     trainer_command,
@@ -105,7 +106,8 @@ RUN, SLURM, ENVIRONMENT, CONTAINER, SEVERAL = (
 @option(RUN, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
         help="Change a field of the config, such as phases.0.batch_size=64. Repeatable.")  # fmt: skip
 @option(RUN, "--profile", is_flag=True,
-        help="Trace some steps of each start: RUN/profile gets a page and the trace.")  # fmt: skip
+        help="Trace five steps of each start, after its first ten (--set profile.num_steps=, .after_steps=, .ranks=): "
+        "RUN/profile gets a page and the trace.")  # fmt: skip
 @option(RUN, "--run-dir", metavar="PATH|URL", help="The run folder.  [default: runs/NAME]", show_default=False)
 @option(RUN, "--code-dir", metavar="PATH", show_default=False,
         help="The job's copy of the code, on a disk that all nodes see.  [default: RUN/code]")  # fmt: skip
@@ -158,7 +160,7 @@ def main(
         path = discovery_dir if "://" in discovery_dir else os.path.abspath(discovery_dir)
         overrides = (*overrides, f"metrics.discovery_dir={json.dumps(path)}")
     if profile:
-        overrides = ("profile={}", *overrides)
+        overrides = profiled(overrides)
     config = load_config(recipe, overrides)
     run_dir, own_code_dir = absolute_run_dir(run_dir, recipe, config)
     given = options_of(click.get_current_context())

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from launch.job import load_config
+from launch.job import load_config, profiled
 from launch.pods.spec import (
     KubernetesSpec,
     caches_in_scratch,
@@ -95,7 +95,7 @@ def spec_of(
     Raises:
         UserError: anything that can be refused from here.
     """
-    config = load_config(recipe, ("profile={}", *overrides) if profile else overrides)
+    config = load_config(recipe, profiled(overrides) if profile else overrides)
     config = with_overrides(config, ["metrics.bind_address=0.0.0.0", f"metrics.port={metrics_port}"])
     scratch = quantity("--scratch", scratch)
     if config.data.cache_gib is None and caches_in_scratch(config):

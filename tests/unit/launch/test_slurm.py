@@ -154,6 +154,7 @@ def test_local_dry_run_prints_each_ranks_command(command: Command) -> None:
         (("--chain", "-1"), "--chain -1"),
         (("--after", "yesterday"), "--after yesterday"),
         (("--env", "MY_TOKEN=x"), "--env MY_TOKEN"),
+        (("--profile", "--set", "profile=null"), "--profile: --set profile=null says that nothing is traced"),
         (("--include", "/etc/passwd"), "--include /etc/passwd"),
         (("--container-mount", "/a"), "--container-mount: goes with --container"),
         (("--container", "x", "--run-dir", "/a,b"), "--run-dir: /a,b cannot be mounted in a container"),

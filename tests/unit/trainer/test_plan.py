@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from launch.commands.plan import plan as command
 from ops.bench import scaling_table
 from tests.tiny import tiny
-from trainer.config import LatentDiffusionConfig, RunConfig, replace
+from trainer.config import CODE_ROOT, LatentDiffusionConfig, RunConfig, replace
 from trainer.config_text import to_yaml, with_overrides
 from trainer.errors import UserError
 from trainer.flops import Flops
@@ -352,3 +352,11 @@ def test_scaling_tables_hold_what_the_plans_say(monkeypatch: pytest.MonkeyPatch)
     million, *_, billion = scaling_table.data_rows({8: plan})
     assert (million[:3], billion[2]) == (["1,000,000", "0.079", "1,178"], "1,177,192")
     assert float(billion[5].replace(",", "")) == pytest.approx(1e9 / plan.phases[0].images_per_s / 3600, rel=0.06)
+
+
+@pytest.mark.slow
+def test_the_documents_table_is_what_is_planned_today() -> None:
+    run = load("sd3_medium_512")
+    row = scaling_table.row(scaling_table.planned(run, count_recipe(run), "h100", 64), 64)
+    told = (CODE_ROOT / "docs/scaling.md").read_text()
+    assert f"| {' | '.join(row)} |" in told, "python -m ops.bench.scaling_table, into docs/scaling.md"
