@@ -59,7 +59,11 @@ def test_it_is_as_before_also_after_an_error() -> None:
 
 def test_what_stays_is_not_looked_at_neither_meanwhile_nor_later() -> None:
     looked: list[str] = []
-    gc.callbacks.append(lambda phase, _: looked.append(phase))
+
+    def look(phase: str, _: object) -> None:
+        looked.append(phase)
+
+    gc.callbacks.append(look)
     try:
         with without_collection():
             kept = [[] for _ in range(5000)]  # type: ignore[var-annotated]
@@ -69,5 +73,5 @@ def test_what_stays_is_not_looked_at_neither_meanwhile_nor_later() -> None:
         assert gc.isenabled()
         assert gc.get_freeze_count() > 5000
     finally:
-        gc.callbacks.clear()
+        gc.callbacks.remove(look)
         gc.unfreeze()
