@@ -69,10 +69,9 @@ def _config_file(recipe: str) -> str:
     from trainer.recipes import RECIPES
     from trainer.run_folder import CONFIG
 
-    if recipe in RECIPES or recipe.endswith((".yaml", ".yml")):
-        return recipe
-    if "/" in recipe and "://" not in recipe and not os.path.isdir(recipe):
+    if "://" in recipe or os.path.isdir(recipe):
+        is_folder = recipe not in RECIPES and not recipe.endswith((".yaml", ".yml"))
+        return f"{recipe.rstrip('/')}/{CONFIG}" if is_folder else recipe
+    if "/" in recipe and not recipe.endswith((".yaml", ".yml")):
         raise UserError(f"{recipe}: no such folder, and no recipe either (`loupe recipes`)")
-    if "://" not in recipe and not os.path.isdir(recipe):
-        return recipe  # no recipe, which says what there is
-    return f"{recipe.rstrip('/')}/{CONFIG}"
+    return recipe

@@ -27,15 +27,12 @@ class Layout:
         if num_gpus == 1:
             return f"not sharded, {rest}"
         shards = num_gpus // self.replicas
-        how = (
-            "sharded over all"
-            if self.replicas == 1
-            else (
-                f"{self.replicas} copies, each over {shards}"
-                if shards > 1
-                else f"{self.replicas} whole copies on as many"
-            )
-        )
+        if self.replicas == 1:
+            how = "sharded over all"
+        elif shards == 1:
+            how = f"{self.replicas} whole copies on as many"
+        else:
+            how = f"{self.replicas} copies, each over {shards}"
         kept = "freed between passes" if self.reshard else "kept until the backward pass"
         return f"{how} GPUs, gathered parameters {kept}, {rest}"
 
