@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from tests import slurm_cluster
+from trainer.garbage import without_collection
 
 SHARED = Path(__file__).parents[2] / "shared"
 _OPS_PROGRAMS = ("prometheus", "promtool", "prometheus-alertmanager", "amtool", "chromium")
@@ -22,6 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without the GPU's own tests, tests are the CPU's: the same on every machine."""
     if "not gpu" in config.getoption("-m") or config.getoption("-m") == "long":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported while tests are looked for is half a million objects that stay: nothing looks at them again."""
+    with without_collection():
+        return (yield)
 
 
 def _missing(item: pytest.Item) -> str | None:

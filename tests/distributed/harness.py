@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ _warm: subprocess.Popen[str] | None = None
 
 def _start(folder: Path, world_size: int, arguments: tuple[Any, ...]) -> None:
     """Run the ranks to their end, as forks of a process that has imported what they need."""
+    job = {
+        "path": sys.path, "folder": os.getcwd(), "environment": dict(os.environ), "world_size": world_size,
+        "call": pickle.dumps((_rank, arguments)),
+    }  # fmt: skip
+    (folder / JOB).write_bytes(pickle.dumps(job))
+    (folder / ERROR).unlink(missing_ok=True)
+    _ask(f"ranks {folder}")
+    if (folder / ERROR).exists():
+        raise RankError((folder / ERROR).read_text())
+
+
+def _ask(line: str) -> str:
+    """The answer of the process that forks the ranks, started by the first question."""
     global _warm
     if _warm is None:
         _warm = subprocess.Popen(
@@ -70,21 +84,56 @@ def _start(folder: Path, world_size: int, arguments: tuple[Any, ...]) -> None:
     process = _warm
     assert process.stdin
     assert process.stdout
-    job = {
-        "path": sys.path, "folder": os.getcwd(), "environment": dict(os.environ), "world_size": world_size,
-        "call": pickle.dumps((_rank, arguments)),
-    }  # fmt: skip
-    (folder / JOB).write_bytes(pickle.dumps(job))
-    (folder / ERROR).unlink(missing_ok=True)
     try:
-        print(folder, file=process.stdin, flush=True)
+        print(line, file=process.stdin, flush=True)
         answer = process.stdout.readline()
     except BaseException:  # a test's time is over, or Ctrl-C: its ranks end with it
         _end()
         raise
     assert answer, "the process that forks the ranks has died"
-    if (folder / ERROR).exists():
-        raise RankError((folder / ERROR).read_text())
+    return answer.strip()
+
+
+class TrainerProcess:
+    """`python -m trainer.train` without the time that its imports take: of `subprocess.Popen` what tests of it use.
+
+    Args:
+        output: file that standard output and error are appended to.
+    """
+
+    def __init__(self, arguments: Sequence[str], output: Path, *, environment: Mapping[str, str], folder: str) -> None:
+        job = {"arguments": list(arguments), "output": str(output), "environment": dict(environment), "folder": folder}
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / JOB).write_bytes(pickle.dumps(job))
+            self.pid = int(_ask(f"train {name}"))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (answer := _ask(f"poll {self.pid}")):
+            self.returncode = int(answer)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        if not _until(lambda: self.poll() is not None, timeout):
+            raise subprocess.TimeoutExpired("trainer.train", timeout)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _until(condition: Callable[[], bool], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _end() -> None:

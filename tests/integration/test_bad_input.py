@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.harness import TrainerProcess
 from tests.text_models import write_clip
 from tests.tiny import tiny
 from trainer.config_text import to_yaml
@@ -17,23 +18,26 @@ ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "data" / "assets" / "emoji_64"
 
 
-def job(folder: Path, *overrides: str) -> tuple[int, str]:
-    """Exit code and standard error of one rank alone."""
-    config = folder.parent / "config.yaml"
+def job(folder: Path, *overrides: str, files: Path | None = None) -> tuple[int, str]:
+    """Exit code and output of one rank alone. `files`: where its config and its log go, beside the run unless said."""
+    files = files or folder.parent
+    config, log = files / "config.yaml", files / "rank.log"
     config.write_text(to_yaml(tiny("data.num_workers=0", "phases.low_resolution.steps=1", *overrides)))
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.train", "--config", str(config), "--run-dir", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stderr
+    log.write_text("")
+    arguments = ["--config", str(config), "--run-dir", str(folder)]
+    rank = TrainerProcess(arguments, log, environment={**os.environ, "OMP_NUM_THREADS": "1"}, folder=str(ROOT))
+    try:
+        return rank.wait(timeout=300), log.read_text()
+    finally:
+        rank.kill()
 
 
 def refused(folder: Path, *overrides: str) -> str:
-    code, stderr = job(folder, *overrides)
-    assert code == ExitCode.STOP, stderr
-    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    code, output = job(folder, *overrides)
+    assert code == ExitCode.STOP, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "Traceback" not in stderr
+    assert "Traceback" not in output
     assert not (folder / "summary.json").exists()
     assert not list(folder.glob("checkpoints/*/COMMIT"))
     return errors[0]
@@ -95,8 +99,8 @@ def test_encoder_of_another_width_than_declared(tmp_path) -> None:
 
 def test_a_run_of_another_layout(tmp_path) -> None:
     folder = tmp_path / "run"
-    code, stderr = job(folder, "phases.full_resolution.steps=1", "phases.perceptual.steps=1")
-    assert code == ExitCode.DONE, stderr
+    code, output = job(folder, "phases.full_resolution.steps=1", "phases.perceptual.steps=1")
+    assert code == ExitCode.DONE, output
     (folder / "summary.json").unlink()
     error = refused_layout(folder, "task.model.layout=shared")
     assert "task.model.layout" in error
@@ -105,9 +109,9 @@ def test_a_run_of_another_layout(tmp_path) -> None:
 
 
 def refused_layout(folder: Path, *overrides: str) -> str:
-    code, stderr = job(folder, "phases.full_resolution.steps=1", "phases.perceptual.steps=1", *overrides)
+    code, output = job(folder, "phases.full_resolution.steps=1", "phases.perceptual.steps=1", *overrides)
     assert code == ExitCode.STOP
-    (error,) = (line for line in stderr.splitlines() if line.startswith("error: "))
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
     return error
 
 
@@ -119,8 +123,8 @@ def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
     dataset, folder = copy_of_the_dataset(tmp_path), tmp_path / "run"
     steps = ("phases.full_resolution.steps=1", "phases.perceptual.steps=2", "checkpoint.every_steps=2")
     here = f"data.datasets.emoji.url={dataset}"
-    code, stderr = job(folder, *steps, here)
-    assert code == ExitCode.DONE, stderr
+    code, output = job(folder, *steps, here)
+    assert code == ExitCode.DONE, output
     (folder / "summary.json").unlink()
 
     # bit rot in every checkpoint must not look like a fresh start
@@ -128,9 +132,9 @@ def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
     assert len(kept) == 2
     for path, data in kept.items():
         path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
-    code, stderr = job(folder, *steps, here)
+    code, output = job(folder, *steps, here)
     assert code == ExitCode.STOP
-    assert "checkpoints are damaged and set aside" in stderr
+    assert "checkpoints are damaged and set aside" in output
     for path, data in kept.items():
         path.write_bytes(data)
         (path.parent / "SET-ASIDE.json").unlink()
@@ -143,10 +147,10 @@ def test_checkpoint_of_other_data_and_a_damaged_one(tmp_path) -> None:
 
     info = DatasetInfo.model_validate_json(text).model_copy(update={"index_digest": index_digest(index.read_bytes())})
     (dataset / "dataset.json").write_text(info.model_dump_json())
-    code, stderr = job(folder, *steps, here)
+    code, output = job(folder, *steps, here)
     assert code == ExitCode.STOP
-    assert "emoji is" in stderr
-    assert " there, emoji is " in stderr
+    assert "emoji is" in output
+    assert " there, emoji is " in output
 
 
 def test_unwritable_run_folder_at_submission() -> None:
@@ -163,11 +167,6 @@ def test_unwritable_run_folder_at_submission() -> None:
 def test_unwritable_run_folder(where, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     target = Path(where) if where.startswith("/") else tmp_path / "file" / "run"
-    config = tmp_path / "config.yaml"
-    config.write_text(to_yaml(tiny()))
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.train", "--config", str(config), "--run-dir", str(target)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == ExitCode.STOP
-    assert "cannot be written" in done.stderr
+    code, output = job(target, files=tmp_path)
+    assert code == ExitCode.STOP
+    assert "cannot be written" in output
