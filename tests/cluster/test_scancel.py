@@ -37,7 +37,9 @@ def test_a_job_that_scancel_ends_is_cancelled_and_not_lost(cluster: SlurmCluster
     job_id = submit(cluster, run_dir, *LONG)
     wait_for_steps(cluster, job_id, run_dir, 3)
     cluster.run("scancel", job_id)
-    cluster.wait_for(job_id, "CANCELLED", timeout_s=60)
+    ended = cluster.wait_for(job_id, "CANCELLED", "PENDING", "COMPLETED", "FAILED", timeout_s=240)
+    assert ended == "CANCELLED"
+    assert (cluster.field(job_id, "Restarts"), job_of(run_dir)["restarts"]) == ("0", []), "it does not return"
     # the batch script says so at its end, within KillWait; where busy cores left it no time, the next look does
     end = time.monotonic() + 25
     while job_of(run_dir)["ended"] is None and time.monotonic() < end:

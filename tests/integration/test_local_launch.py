@@ -47,7 +47,7 @@ def logs(run_dir: Path) -> str:
     return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted((run_dir / "logs").glob("*")))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # `make demo`, which CI runs, is stopped and resumed too
 def test_a_rehearsed_preemption_loses_no_step(start: Path) -> None:
     run_dir = start / "runs/demo"
     result = subprocess.run(

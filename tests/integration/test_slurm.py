@@ -63,17 +63,6 @@ def test_a_preempted_job_saves_is_queued_again_and_loses_no_step(cluster: SlurmC
     assert [*first, *second] == list(range(1, 263)), "every step once"
 
 
-@pytest.mark.slow
-def test_a_cancelled_job_does_not_return(cluster: SlurmCluster, tmp_path: Path) -> None:
-    run_dir = tmp_path / "r"
-    job_id = submit(cluster, run_dir, "--set", "phases.low_resolution.steps=100000")
-    wait_for_steps(cluster, job_id, run_dir, 1)
-    cluster.run("scancel", job_id)
-    assert cluster.wait_for(job_id, "CANCELLED", "PENDING", "COMPLETED", "FAILED", timeout_s=240) == "CANCELLED"
-    assert cluster.field(job_id, "Restarts") == "0"
-    assert job_record(run_dir)["restarts"] == []
-
-
 def test_a_job_that_slurm_would_not_take_is_refused_before_anything_is_written(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
