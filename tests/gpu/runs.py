@@ -60,7 +60,9 @@ def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def make(world: World, url: Path, *overrides: str) -> Run:
-    config: RunConfig = tiny("optim.spikes={sigma: 6, window_steps: 8}", "parallel.shard_one_rank=true", *overrides)
+    config: RunConfig = tiny(
+        "optim.spikes={sigma: 6, window_steps: 8}", "parallel.shard_one_rank=true", "data.num_workers=0", *overrides
+    )
     return Run(config, RunFolder(str(url)), world, StopRequest())
 
 
@@ -77,7 +79,7 @@ def finish(run: Run) -> int:
 def several(world: World, root: Path) -> Seen:
     seen = Seen(device=world.device.type)
     with bf16():
-        run = make(world, root / "plain", *SHORT)
+        run = make(world, root / "plain", "data.num_workers=1", *SHORT)
         twin = beside(run, offload=True)
         seen.codes["plain"] = finish(run)
         seen.states["plain"] = state(run)
@@ -215,7 +217,7 @@ def without_waiting(world: World, root: Path) -> Seen:
 
 def autoencoders_without_waiting(world: World, root: Path, lpips: str) -> Seen:
     """Stage 1 with all that a step of it may have: of a KL model, and of codes that are means and begin again."""
-    few = ("metrics.every_steps=1000", "ema.offload=true", "task.discriminator.norm=spectral")
+    few = ("metrics.every_steps=1000", "data.num_workers=0", "ema.offload=true", "task.discriminator.norm=spectral")
     regular = ("task.outliers={}", "task.equivariance={scales: [0.5]}", "task.learned_log_variance=true")
     seen = Seen(device=world.device.type)
     for name, overrides in (("kl", (lpips, *regular)), ("vq", (RUNNING_MEANS, "task.discriminator.norm=batch"))):

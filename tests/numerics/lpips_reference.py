@@ -1,5 +1,6 @@
 """LPIPS written out a second time, from published weights' names alone: float64, one operation at a time."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -41,6 +42,11 @@ LAYERS = {"vgg16": VGG16, "alex": ALEX, "vgg16_shift_tolerant": VGG16_SHIFT_TOLE
 
 def random_weights(network: str, seed: int = 0) -> dict[str, Tensor]:
     """A state dict as the `lpips` package writes it, whose features stay alive."""
+    return {name: tensor.clone() for name, tensor in _random_weights(network, seed).items()}
+
+
+@functools.cache
+def _random_weights(network: str, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = {
         "scaling_layer.shift": torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 VARIANCE_EPS = 1e-6
 NORM_EPS = 1e-6
@@ -30,14 +31,9 @@ def kernels(side: float) -> tuple[int, int]:
 
 
 def _pooled(mask: np.ndarray, kernel: int, reduce) -> np.ndarray:
-    """Each pixel's `reduce` over the window around it, cut at the borders."""
-    height, width = mask.shape
-    reach = kernel // 2
-    out = np.empty_like(mask)
-    for y in range(height):
-        for x in range(width):
-            out[y, x] = reduce(mask[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1])
-    return out
+    """Each pixel's `reduce` over the window around it; beyond the borders lies what changes neither `any` nor `all`."""
+    padded = np.pad(mask, kernel // 2, constant_values=reduce is np.all)
+    return reduce(sliding_window_view(padded, (kernel, kernel)), axis=(-2, -1))
 
 
 def inliers(channel: np.ndarray) -> np.ndarray:
@@ -124,6 +120,13 @@ def map_loss(
     return math.fsum(of_channels) / len(estimate)
 
 
+@functools.cache
+def _map_loss(estimate: bytes, target: bytes, shape: tuple[int, ...], latents_side: int, **options: str) -> float:
+    """Many options have the same maps, and differ in what is made of their losses."""
+    f, g = (np.frombuffer(data).reshape(shape) for data in (estimate, target))
+    return map_loss(f, g, latents_side=latents_side, **options)
+
+
 def reference_loss(
     estimates: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
@@ -142,7 +145,8 @@ def reference_loss(
         per_map, total = [0.0] * len(estimates), 0.0
         if noise_level <= tau:
             for i, (estimate, target) in enumerate(zip(estimates, targets, strict=True)):
-                per_map[i] = map_loss(estimate[b], target[b], latents_side=latents_side, **options)
+                both = (features[b].astype(np.float64).tobytes() for features in (estimate, target))
+                per_map[i] = _map_loss(*both, estimate[b].shape, latents_side, **options)
                 total += _omega(depth_weights, estimate.shape[-1], latents_side) * per_map[i]
             if over_batch == "gated":
                 total *= len(noise_levels) / num_inside / len(estimates)

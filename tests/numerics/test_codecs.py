@@ -23,8 +23,8 @@ from trainer.models.frozen_decoder import FrozenDecoder
 from trainer.models.published_codecs import PUBLISHED, WIDTHS, X1_5, asymmetric
 from trainer.tensors import pixels_to_images
 
-SIDE, LPL_SIDE = 64, 32
-"""Pixels; the smaller one where gradients are taken."""
+SIDE = 32
+"""Pixels."""
 LATENTS = {
     "sd15": (4, 0.18215, 0.0), "sdxl": (4, 0.13025, 0.0), "sd3": (16, 1.5305, 0.0609), "flux": (16, 0.3611, 0.1159),
     "asymmetric_x1.5": (4, 0.18215, 0.0), "taesd": (4, 1.0, 0.0), "taef1": (16, 1.0, 0.0), "taef2": (32, 1.0, 0.0),
@@ -84,7 +84,7 @@ def test_encodes_as_diffusers_does(named_codec: tuple[str, Codec]) -> None:
     latents = codec.encode(images())
     torch.testing.assert_close(latents, (raw - shift) * scale)
     torch.testing.assert_close(codec.scaled_to_raw(latents), raw, rtol=1e-5, atol=1e-6)
-    assert latents.shape == (1, channels, 8, 8)
+    assert latents.shape == (1, channels, SIDE // 8, SIDE // 8)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_decodes_as_a_pipeline_of_diffusers_does(named_codec: tuple[str, Codec])
         assert torch.equal(torch.nn.Sequential(*head)(last), expected)
         assert codec.map_names == ("mid", "up0", "up1", "up2", "up3")
         assert codec.map_scales() == (1, 2, 4, 8, 8)
-    sides = [8 * r for r in codec.map_scales()]
+    sides = [SIDE // 8 * r for r in codec.map_scales()]
     assert [tuple(m.shape) for m in maps] == [(1, c, s, s) for c, s in zip(widths(name), sides, strict=True)]
 
 
@@ -116,7 +116,7 @@ def test_the_x2_decoder_differs_in_sizes_alone() -> None:
     with torch.device("meta"):
         codec = Codec(asymmetric((256, 512, 1024, 1024), 5))
         maps = codec.decode_features(torch.empty(1, 4, 8, 8))
-        assert codec.encode(torch.empty(1, 3, SIDE, SIDE)).shape == (1, 4, 8, 8)
+        assert codec.encode(torch.empty(1, 3, 64, 64)).shape == (1, 4, 8, 8)
     assert [m.shape[1] for m in maps] == [1024, 1024, 1024, 512, 256]
     assert [m.shape[-1] for m in maps] == [8, 16, 32, 64, 64]
 
@@ -125,14 +125,14 @@ def test_lpl(named_codec: tuple[str, Codec]) -> None:
     name, codec = named_codec
     assert not any(module.training for module in codec.train().modules())
     with torch.no_grad():
-        z0 = codec.encode(images(2, LPL_SIDE))
+        z0 = codec.encode(images(2))
     spread = z0.std((1, 2, 3), keepdim=True)
     noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(2))
     z0_hat = z0 + 0.3 * spread * noise * torch.tensor([0.0, 1.0])[:, None, None, None]
     z0_hat.requires_grad_()
 
     loss = LatentPerceptualLoss(FrozenDecoder(codec), LPLConfig())
-    loss.check(LPL_SIDE)
+    loss.check(SIDE)
     expected = (1.0, 1 / 2, 1 / 4, 1 / 8) if is_tiny(name) else (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 8)
     assert loss.depth_weights == expected
     loss_B, terms = loss(z0_hat, z0, torch.ones(2), make_context(z0, downsampling=codec.downsampling))
@@ -155,14 +155,14 @@ def test_lpl(named_codec: tuple[str, Codec]) -> None:
 @pytest.mark.shared
 @torch.no_grad()
 def test_photos_through_the_trained_one(shared_dir: Path) -> None:
-    """It reaches 28.2 dB on COCO; these six, cropped and shrunk to 256 px, are 0.9 dB easier."""
+    """It reaches 28.2 dB on COCO; these three, cropped and shrunk to 256 px, are 0.9 dB easier."""
     codec, folder = Codec(trained(shared_dir)), shared_dir / "data" / "coco_open"
-    names = [json.loads(line)["file_name"] for line in (folder / "metadata.jsonl").read_text().splitlines()[:6]]
+    names = [json.loads(line)["file_name"] for line in (folder / "metadata.jsonl").read_text().splitlines()[:3]]
     psnr = []
     for name in names:
         pixels = training_image(read_image((folder / "images" / name).read_bytes(), min_side=256), 256)
         photo = pixels_to_images(torch.from_numpy(pixels).permute(2, 0, 1)[None])
         decoded = codec.decode(codec.encode(photo)).clamp(-1, 1)
         psnr.append(10 * torch.log10(4.0 / (decoded - photo).square().mean()).item())
-    assert min(psnr) > 25.5, psnr
+    assert min(psnr) > 27.0, psnr
     assert 28.8 < sum(psnr) / len(psnr) < 29.4, psnr

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,12 +11,14 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from tests.distributed.harness import RankError, run_ranks
 from tests.tiny import tiny
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.records import commit_for
 from trainer.config import differences, explain_digests, run_digest
 from trainer.errors import UserError
+from trainer.parallel.world import World
 from trainer.run_folder import RunFolder
 
 Tensors = dict[str, torch.Tensor]
@@ -386,28 +386,32 @@ def test_failed_save_raises_and_leaves_nothing(suffix: str, code: int, kind: typ
     assert_restores(m, 2)
 
 
-CRASH = """
-import os, sys
-import torch
-from tests.unit.trainer.test_checkpoint_manager import manager, save, tensors
-from fsspec.implementations.local import LocalFileSystem
+class KillingFileSystem(LocalFileSystem):
+    """The process ends when it has written half of an object whose name ends so."""
 
-class Killing(LocalFileSystem):
     cachable = False
-    def open(self, path, mode="rb", **kwargs):
+
+    def __init__(self, suffix: str) -> None:
+        super().__init__()
+        self.suffix = suffix
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         file = super().open(path, mode, **kwargs)
-        if "w" in mode and path.removesuffix(".tmp").endswith(sys.argv[2]):
-            file.write(b"half"); file.flush(); os._exit(9)
+        if "w" in mode and path.removesuffix(".tmp").endswith(self.suffix):
+            file.write(b"half")
+            file.flush()
+            os._exit(9)
         return file
 
-m = manager(sys.argv[1])
-save(m, 1)
-m.folder.fs = Killing()
-if sys.argv[3] == "background":
-    m.begin_save(tensors(2), step=2, images_seen=8, state={"step": 2})
-    m.finish()
-save(m, 2)
-"""
+
+def save_and_be_killed(world: World, url: Path, suffix: str, where: str) -> None:
+    m = manager(url)
+    save(m, 1)
+    m.folder.fs = KillingFileSystem(suffix)
+    if where == "background":
+        m.begin_save(tensors(2), step=2, images_seen=8, state={"step": 2})
+        m.finish()
+    save(m, 2)
 
 
 @pytest.mark.parametrize(
@@ -415,12 +419,8 @@ save(m, 2)
     [(".safetensors", "here"), ("manifest.json", "here"), ("COMMIT", "here"), ("COMMIT", "background")],
 )
 def test_a_kill_at_any_stage_leaves_the_last_checkpoint(suffix: str, where: str, tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CRASH, tmp_path, suffix, where], cwd=root, env=environment, check=False
-    )
-    assert done.returncode == 9
+    with pytest.raises(RankError, match="exit code 9"):
+        run_ranks(1, save_and_be_killed, tmp_path, suffix, where)
     [half] = tmp_path.glob("step-00000002-*")
     m = manager(tmp_path)
     assert_restores(m, 1, on_set_aside=lambda path, reason: pytest.fail(reason))

@@ -31,6 +31,7 @@ from trainer.sampling.settings import SampleSettings
 
 PROMPTS = ("a red fox", "a lighthouse")
 CPU = torch.device("cpu")
+SIDE_PX = small().phases[-1].resolution
 
 
 def exported(run: Path, out: Path | str, **options: Any) -> Exported:
@@ -166,7 +167,7 @@ def test_what_lies_in_the_folder(demo: Path, run: Path) -> None:
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "mit"}
     for text in (
-        "| low_resolution | 7 of 8 | 32 px | 8 |",
+        f"| low_resolution | 7 of 8 | {small().phases[0].resolution} px | 8 |",
         "emoji",
         "Fluent Emoji",
         "step 7",
@@ -223,7 +224,7 @@ def test_pictures_that_differ_are_never_put_in_place(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(model: SamplingModel, *_: Any) -> np.ndarray:
-        return np.zeros((2, 3, 64, 64), np.uint8)
+        return np.zeros((2, 3, SIDE_PX, SIDE_PX), np.uint8)
 
     monkeypatch.setattr(parity, "_drawn", other)
     with pytest.raises(UserError, match=r"pictures differ by up to \d+ of 255 .* so nothing was written"):
@@ -255,7 +256,7 @@ def sd3_config(folder: Path, *overrides: str, **encoders: Any) -> RunConfig:
 
 
 def test_sd3s_layout_is_stable_diffusion_3s_own_pipeline(tmp_path: Path) -> None:
-    config = sd3_config(tmp_path / "encoders", "task.paradigm.shift_base_px=32")
+    config = sd3_config(tmp_path / "encoders", f"task.paradigm.shift_base_px={SIDE_PX // 2}")
     run, out = run_of(tmp_path / "run", config), tmp_path / "out"
     done = exported(run, out, without_text_encoders=True)
     assert done.pipeline == "StableDiffusion3Pipeline"

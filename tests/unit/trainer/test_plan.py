@@ -50,6 +50,20 @@ def tiny_count() -> tuple[RunConfig, RecipeCount]:
     return run, count_recipe(run, bf16=False)
 
 
+@pytest.fixture
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that differ in `parallel` alone, of which nothing is counted, are counted once."""
+    counts: dict[str, RecipeCount] = {}
+
+    def count(run: RunConfig) -> RecipeCount:
+        what = to_yaml(replace(run, parallel=tiny().parallel))
+        if what not in counts:
+            counts[what] = count_recipe(run)
+        return counts[what]
+
+    monkeypatch.setattr(counted_recipe, "count_recipe", count)
+
+
 def forward(module: nn.Module, task: LatentDiffusionConfig, images: int, side: int) -> Tensor:
     latents = torch.randn(images, task.codec.latent_channels, side // 8, side // 8)
     out: Tensor = module(latents, torch.rand(images), counted_recipe.text_input(task, images))
@@ -265,8 +279,9 @@ def test_what_is_held_stays_and_the_rest_is_chosen() -> None:
     assert len({(one.recompute, one.replicas) for one in weighed}) > 3
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_the_command_holds_what_it_is_told(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny_count()[0]))
     arguments = [str(tmp_path), "--gpus", "2", "--gpu", "h100", "--json"]
     found = CliRunner().invoke(command, [*arguments, "--set", "parallel.activation_checkpointing=full"])
     assert json.loads(found.output)["layout"]["recompute"] == "full"
@@ -318,8 +333,9 @@ def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
     assert "\n" not in str(error)
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_a_runs_folder_is_its_config(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny_count()[0]))
     arguments = ["--gpus", "2", "--gpu", "h100", "--json"]
     found = [CliRunner().invoke(command, [name, *arguments]) for name in (str(tmp_path), f"{tmp_path}/config.yaml")]
     assert [one.exit_code for one in found] == [0, 0], found[0].output

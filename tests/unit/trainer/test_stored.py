@@ -30,7 +30,9 @@ from trainer.stored_batch import known_states, scaled_latents
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 
 CPU = torch.device("cpu")
-ONE_SIZE = ("phases.low_resolution.resolution=64", "data.latents=z")
+LARGE = ("phases.full_resolution.resolution=64", "phases.perceptual.resolution=64")
+ONE_SIZE = ("phases.low_resolution.resolution=64", *LARGE, "data.latents=z")
+TWO_SIZES = ("phases.low_resolution.resolution=32", *LARGE)
 
 
 def batch(latents: torch.Tensor | None, positions: list[int], size: int = 0) -> Batch:
@@ -133,11 +135,11 @@ def test_a_column_that_fits_is_taken(codec: Codec) -> None:
 
 
 def test_each_resolution_has_its_column(codec: Codec) -> None:
-    run = tiny("data.latents=[small, large]")
+    run = tiny(*TWO_SIZES, "data.latents=[small, large]")
     stored = check(run, {"small": column(codec, resolution=32), "large": column(codec)})
     assert {px: name for px, (name, _) in stored.latents["emoji"].items()} == {32: "small", 64: "large"}
     with pytest.raises(UserError, match=r"phase low_resolution is of 32 px, the columns of dataset emoji of 64 px"):
-        check(tiny("data.latents=large"), {"large": column(codec)})
+        check(tiny(*TWO_SIZES, "data.latents=large"), {"large": column(codec)})
     with pytest.raises(UserError, match=r"'large' of dataset emoji is of 64 px, as 'small' is"):
         check(run, {"small": column(codec), "large": column(codec)})
 
