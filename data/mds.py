@@ -2,6 +2,10 @@
 
 import sys
 import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from importlib.machinery import PathFinder
 from typing import Any, NamedTuple
 
@@ -12,16 +16,18 @@ class MDS(NamedTuple):
     Reader: Any
     """`MDSReader`"""
     Writer: Any
-    """`MDSWriter`"""
+    """`MDSWriter`, that ends without a pause"""
     is_encoding: Any
     """`is_mds_encoding`"""
 
 
+@cache
 def mds() -> MDS:
     """The format's reader and writer.
 
     `streaming` itself imports torchvision, and `streaming.base` transformers, which are not installed here. Their
-    format modules need neither, so the two packages enter `sys.modules` bare: with their path, without their code.
+    format modules need neither, so the two packages enter `sys.modules` bare: with their path, without their code. Nor do
+    they need torch, which `streaming.base.util` imports for other things: of it there is what they use.
     """
     for name in ("streaming", "streaming.base"):
         if name not in sys.modules:
@@ -32,8 +38,34 @@ def mds() -> MDS:
             module = types.ModuleType(name)
             module.__path__ = list(spec.submodule_search_locations)
             sys.modules[name] = module
-    from streaming.base.format.mds.encodings import is_mds_encoding
-    from streaming.base.format.mds.reader import MDSReader
-    from streaming.base.format.mds.writer import MDSWriter
+    with _without_torch():
+        from streaming.base.format.mds.encodings import is_mds_encoding
+        from streaming.base.format.mds.reader import MDSReader
+        from streaming.base.format.mds.writer import MDSWriter
 
-    return MDS(MDSReader, MDSWriter, is_mds_encoding)
+    class Writer(MDSWriter):  # type: ignore[misc, valid-type]
+        def _write_index(self) -> None:
+            # It looks once a second whether threads have "uploaded" the shards, of which no local folder needs anything.
+            self.executor.shutdown(wait=True)
+            self.executor = ThreadPoolExecutor(max_workers=1)
+            super()._write_index()
+
+    return MDS(MDSReader, Writer, is_mds_encoding)
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Within, `streaming.base.util` is what the format's modules use of it. Whoever imports it later gets their own."""
+    name = "streaming.base.util"
+    if name in sys.modules:
+        yield
+        return
+    util: Any = types.ModuleType(name)
+    util.bytes_to_int = int  # sizes are numbers here
+    util.get_import_exception_message = "{} is not installed ({})".format
+    util.retry = lambda *_, **__: lambda function: function  # of an upload, and nothing is uploaded
+    sys.modules[name] = util
+    try:
+        yield
+    finally:
+        del sys.modules[name]

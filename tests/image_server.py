@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+TOGETHER_S = 20.0
+
 
 @dataclass
 class ImageServer:
@@ -22,6 +24,8 @@ class ImageServer:
     """Requests by path."""
     at_once: int = 0
     most_at_once: int = 0
+    together: int = 0
+    """So many requests for images must have been there at once before one is answered; not for longer than `TOGETHER_S`."""
     agents: set[str] = field(default_factory=set)
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
@@ -81,6 +85,11 @@ def image_server(images: Mapping[str, bytes]) -> Iterator[ImageServer]:
             if kind in routes:
                 routes[kind]()
             elif plain in images:
+                deadline = time.monotonic() + TOGETHER_S
+                while state.most_at_once < state.together and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                if state.most_at_once < state.together:
+                    state.together = 0  # they do not come: nobody else waits for them
                 time.sleep(0.02)
                 self.answer(200, images[plain])
             else:

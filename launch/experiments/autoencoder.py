@@ -12,6 +12,7 @@ import click
 from launch.experiments.jobs import (
     START_S,
     check_plan,
+    check_results,
     claim,
     counted,
     estimate,
@@ -99,7 +100,9 @@ def autoencoder(
         configs = _configs(folder, variants, size, unbuilt, lpips_weights)
         return _tell_plan(variants, configs, size, left_out, workers)
     jobs: list[Job] = []
-    if not report_only:
+    if report_only:
+        check_results(folder, "data/split.json", "loupe experiment autoencoder")
+    else:
         weights = weights_options(given)
         folders = _folders("--photos", photos)
         top = _folders("--ceiling-codec", (ceiling_codec,))[0] if ceiling_codec else None

@@ -50,6 +50,14 @@ def source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return run(PhotoStage(str(folder)), str(tmp_path_factory.mktemp("photos") / "ingested"))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of `source` with the usual settings."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(stage(source, folder / "set"), str(folder / "work"))
+    return folder / "set"
+
+
 def loupe_data(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
 
@@ -132,14 +140,15 @@ def test_photos_to_a_dataset_in_one_command(source: str, folder: Path, tmp_path:
         loupe_data("build", source, out, "--workers", 0, "--shard-mib", 2, "--min-samples-of-a-bucket", 5)
 
 
-def test_equal_settings_give_equal_bytes_and_seeds_another_order(source: str, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        run(stage(source, tmp_path / name), f"{tmp_path}/{name}.work")
-    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "ab"]
+def test_equal_settings_give_equal_bytes_and_seeds_another_order(
+    source: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    run(stage(source, tmp_path / "b"), f"{tmp_path}/b.work")
+    files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (undisturbed, tmp_path / "b")]
     different = {name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name)}
     assert different == {"README.md", "card.html"}  # they tell where the dataset was built
     other = work(f"{tmp_path}/c.work", stage(source, tmp_path / "c", order_seed=1))
-    keys = [s.key for s in rows(open_dataset(f"{tmp_path}/a", name="a"))]
+    keys = [s.key for s in rows(open_dataset(str(undisturbed), name="x"))]
     assert [s.key for s in rows(other)] != keys
     assert sorted(s.key for s in rows(other)) == sorted(keys)
 
@@ -250,7 +259,9 @@ def test_a_damaged_source_is_an_error_that_names_the_sample(folder: Path, tmp_pa
 # --------------------------------------------------------------------------------------------------------- many workers
 
 
-def test_killed_workers_lose_and_repeat_nothing(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_workers_lose_and_repeat_nothing(
+    source: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Workers are killed for good while they write shards, each after another shard is there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, work_url = tmp_path / "out", f"{tmp_path}/work"
@@ -285,8 +296,7 @@ def test_killed_workers_lose_and_repeat_nothing(source: str, tmp_path: Path, mon
     assert set(keys.values()) == {1}
     assert {p.name for p in out.glob("*.mds")} == {shard.name for shard in dataset.shards}
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
-    undisturbed = work(f"{tmp_path}/undisturbed.work", stage(source, tmp_path / "undisturbed"))
-    assert undisturbed.digest == dataset.digest
+    assert open_dataset(str(undisturbed), name="x").digest == dataset.digest
 
 
 def test_a_worker_that_wakes_too_late_changes_nothing(

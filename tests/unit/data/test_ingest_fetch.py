@@ -28,7 +28,7 @@ def shared_server() -> Iterator[ImageServer]:
 @pytest.fixture
 def server(shared_server: ImageServer) -> ImageServer:
     shared_server.hits.clear()
-    shared_server.most_at_once = 0
+    shared_server.most_at_once = shared_server.together = 0
     return shared_server
 
 
@@ -127,6 +127,7 @@ def test_size_is_bounded_by_the_length_told(server: ImageServer, tmp_path: Path)
 
 @pytest.mark.parametrize(("per_host", "connections", "most"), [(2, 64, 2), (30, 3, 3)])
 def test_requests_at_once(server: ImageServer, tmp_path: Path, per_host: int, connections: int, most: int) -> None:
+    server.together = most
     with Fetcher(limits(per_host=per_host, connections=connections, timeout_s=60)) as fetcher:
         futures = [fetcher.submit(server.url(name), tmp_path / name) for name in IMAGES]
         for future in futures:

@@ -1,6 +1,7 @@
 """What sources are taken for, how they are cut, and files read by ranges from storage that misbehaves."""
 
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,11 @@ def test_slices_together_are_the_manifest(tmp_path: Path, kind: str, monkeypatch
         read_slice(str(path), size - 1, parts[0], Columns())
 
 
-def test_a_machine_without_network_drops_no_images(tmp_path: Path) -> None:
+def test_a_machine_without_network_drops_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
     path = tmp_path / "m.jsonl"
     path.write_text(
         "".join(json.dumps({"url": f"http://host{i}.invalid/x.jpg", "text": "x"}) + "\n" for i in range(25))

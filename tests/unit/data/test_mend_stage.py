@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,16 @@ STAGE_OF = CountingStage(items=4, samples=12)
 """Three parts an item."""
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    Worker(STAGE_OF, StageStore(str(folder))).run()
+    return folder
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> StageStore:
-    found = StageStore(str(tmp_path / "out"))
-    Worker(STAGE_OF, found).run()
-    return found
+def store(finished: Path, tmp_path: Path) -> StageStore:
+    return StageStore(shutil.copytree(finished, str(tmp_path / "out")))
 
 
 def file_of(store: StageStore, item: str, part: int, pass_name: str = "count") -> Path:
@@ -142,13 +148,12 @@ class _Killed(BaseException):
 
 
 def test_killed_at_any_step_it_is_not_finished_and_the_next_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first change, behind each of them, and in between."""
     steps = 0
     while True:
-        store = StageStore(str(tmp_path / str(steps)))
-        Worker(STAGE_OF, store).run()
+        store = StageStore(shutil.copytree(finished, str(tmp_path / str(steps))))
         file_of(store, "i001", 1).write_bytes(b"bad")
         file_of(store, "all", 0, "sum").write_bytes(b"bad, too")
         report = verify_stage(store.url)

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -474,3 +476,19 @@ def test_a_cache_folder_that_cannot_be_made_is_named(make_dataset: MakeDataset, 
     dataset = open_dataset(str(make_dataset(2)), name="x", cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"data.cache_dir: .*name a writable folder"):
         dataset.read(0)
+
+
+def test_the_format_needs_no_torch() -> None:
+    code = "import sys; from data.mds import mds; mds(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
+
+
+def test_a_writer_ends_without_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = mds().Writer(columns={"x": "bytes"}, out=str(tmp_path / "set"), hashes=["xxh64"], size_limit=3000)
+    theirs = sys.modules["streaming.base.format.base.writer"]
+    monkeypatch.setattr(theirs, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    monkeypatch.setattr(writer.cloud_writer, "upload_file", lambda name: time.sleep(0.01))  # so that some are waiting
+    for _ in range(100):
+        writer.write({"x": bytes(2000)})
+    writer.finish()
+    assert len(json.loads((tmp_path / "set" / INDEX).read_text())["shards"]) == 100

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def one_thread() -> Iterator[None]:
 
 def the_obvious_loop(folder: Path, photos: list[Path], prompt: str, max_new_tokens: int, beams: int = 1) -> list[str]:
     """As the model's documentation has it, one batch for all."""
+    return _looped(folder, tuple(photos), prompt, max_new_tokens, beams)
+
+
+@cache
+def _looped(folder: Path, photos: tuple[Path, ...], prompt: str, max_new_tokens: int, beams: int) -> list[str]:
     model, processor = load(folder, "cpu", "float32")
     images = [Image.fromarray(read_image(path.read_bytes())) for path in photos]
     inputs = processor(text=[prompt] * len(images), images=images, return_tensors="pt")

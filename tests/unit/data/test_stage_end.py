@@ -12,7 +12,7 @@ import pytest
 from data.stages import leases, runner, status
 from data.stages.failed import give_up_failed, retry_failed
 from data.stages.once import OnceReadStore
-from data.stages.receipts import GIVEN_UP, MENDING, done_receipts, part_receipts
+from data.stages.receipts import GIVEN_UP, MENDING, READERS, done_receipts, part_receipts
 from data.stages.runner import FINISH, Pass, Worker
 from data.stages.status import Watcher
 from data.stages.store import SUMMARY, Json, StageStore
@@ -101,7 +101,7 @@ def test_finishing_that_kills_its_workers_is_told(tmp_path: Path) -> None:
 
 
 def test_receipts_are_read_once_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Worker(CountingStage(items=20), StageStore(str(tmp_path))).run()
+    Worker(CountingStage(items=6), StageStore(str(tmp_path))).run()
     read: list[str] = []
     plain = Storage.read
 
@@ -113,7 +113,7 @@ def test_receipts_are_read_once_to_finish(tmp_path: Path, monkeypatch: pytest.Mo
     with OnceReadStore(str(tmp_path)) as store:
         first = list(done_receipts(store, "count"))
         assert list(done_receipts(store, "count")) == first
-    assert sorted(read) == [f"work/count/done/i{i:03d}.json" for i in range(20)]
+    assert sorted(read) == [f"work/count/done/i{i:03d}.json" for i in range(6)]
     assert first == list(done_receipts(StageStore(str(tmp_path)), "count"))
 
 
@@ -244,11 +244,11 @@ def test_parts_are_read_up_to_the_first_that_has_gone(tmp_path: Path, monkeypatc
 
 
 def test_receipts_that_go_while_they_are_read_are_told(tmp_path: Path) -> None:
-    Worker(CountingStage(items=60), StageStore(str(tmp_path))).run()
+    Worker(CountingStage(items=5 * READERS, samples=1), StageStore(str(tmp_path))).run()
     receipts = done_receipts(StageStore(str(tmp_path)), "count")
     next(receipts)
-    (tmp_path / "work/count/done/i059.json").unlink()
-    with pytest.raises(UserError, match=r"i059.json: has gone while the receipts were read"):
+    (tmp_path / f"work/count/done/i{5 * READERS - 1:03d}.json").unlink()
+    with pytest.raises(UserError, match=r"i0\d9.json: has gone while the receipts were read"):
         list(receipts)
 
 
@@ -314,11 +314,11 @@ class _SlowReads:
 def test_a_look_is_short_however_many_receipts_there_are_and_the_next_ones_catch_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """120 receipts of 0.08 s: 10 s one by one. The names tell at once how many items are done."""
+    """60 receipts of 0.16 s: 10 s one by one. The names tell at once how many items are done."""
     store = StageStore(str(tmp_path))
-    stage = CountingStage(items=121, samples=1, fails="i120")
+    stage = CountingStage(items=61, samples=1, fails="i060")
     Worker(stage, store).run()
-    reads = _SlowReads(monkeypatch, 0.08)
+    reads = _SlowReads(monkeypatch, 0.16)
     watcher, looks = Watcher(str(tmp_path)), []
     for _ in range(200):
         began = time.monotonic()
@@ -327,18 +327,18 @@ def test_a_look_is_short_however_many_receipts_there_are_and_the_next_ones_catch
         assert count.counts["read"] == count.counted
         if count.counted == count.done:
             break
-    assert all(done == 120 for done, _, _ in looks)
+    assert all(done == 60 for done, _, _ in looks)
     assert min(seconds for _, _, seconds in looks) < 5, "of one on which the machine did not stall"
     assert len(looks) > 2
-    assert 0 < looks[0][1] < 120
-    assert len(reads.names) == len(set(reads.names)) == 120, "each is read once"
+    assert 0 < looks[0][1] < 60
+    assert len(reads.names) == len(set(reads.names)) == 60, "each is read once"
 
 
 def test_a_finished_stage_is_told_by_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Worker(CountingStage(items=30), StageStore(str(tmp_path))).run()
+    Worker(CountingStage(items=6), StageStore(str(tmp_path))).run()
     reads = _SlowReads(monkeypatch, 0.0)
     count = Watcher(str(tmp_path)).poll().passes[0]
-    assert (count.items, count.done, count.counted, count.counts) == (30, 30, 30, {"read": 300, "kept": 300})
+    assert (count.items, count.done, count.counted, count.counts) == (6, 6, 6, {"read": 60, "kept": 60})
     assert not reads.names
 
 
@@ -377,7 +377,7 @@ def test_names_are_listed_as_seldom_as_it_is_dear(tmp_path: Path, monkeypatch: p
     def names(storage: Storage, folder: str = "", **options: Any) -> list[str]:
         if folder.endswith("/done"):
             listed.append(time.monotonic())
-            time.sleep(0.2)
+            time.sleep(0.1)
         return plain(storage, folder, **options)
 
     monkeypatch.setattr(Storage, "names", names)
@@ -386,4 +386,4 @@ def test_names_are_listed_as_seldom_as_it_is_dear(tmp_path: Path, monkeypatch: p
     while len(listed) < 2:
         watcher.poll()
         time.sleep(0.05)
-    assert listed[1] - listed[0] >= 2.0, "0.2 s each, so once in 2 s"
+    assert listed[1] - listed[0] >= 1.0, "0.1 s each, so once in 1 s"

@@ -165,8 +165,8 @@ def test_files_of_a_worker_that_died_before_its_receipt_are_swept(tmp_path: Path
 
 def test_renewal_keeps_a_lease_that_is_shorter_than_the_work(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stage = CountingStage(items=1, samples=8, part=8, seconds=1.7, log=str(log))
-    threads = [threading.Thread(target=worker(stage, tmp_path / "out", lease_s=12.0).run) for _ in range(2)]
+    stage = CountingStage(items=1, samples=8, part=8, seconds=0.8, log=str(log))
+    threads = [threading.Thread(target=worker(stage, tmp_path / "out", lease_s=5.0).run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

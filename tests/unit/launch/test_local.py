@@ -88,7 +88,9 @@ def test_the_budget_ends_a_run_that_crashes_on(run: Run, tmp_path: Path) -> None
     assert job_record(tmp_path)["ended"]["code"] == 7
 
 
-def test_the_pause_before_a_restart_grows_only_while_there_is_no_newer_step(tmp_path: Path) -> None:
+def test_the_pause_before_a_restart_grows_only_while_there_is_no_newer_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = JobSpec("demo", str(tmp_path), "local", cpu=True, max_restarts=9, code_dir=str(tmp_path / "code"))
     folder = RunFolder(str(tmp_path))
     record_job(folder, spec, pid=os.getpid(), pid_start=process_start(os.getpid()))
@@ -97,10 +99,13 @@ def test_the_pause_before_a_restart_grows_only_while_there_is_no_newer_step(tmp_
     script = "0:3:0:7,1:3:0:7,2:3:0:7,3:6:0:7"
     command = [sys.executable, str(STAND_IN), "--run-dir", str(tmp_path), "--script", script]
     supervisor = Supervisor(
-        spec, load("demo"), folder, PlainDisplay(notes.append), command=command, backoff_s=0.51, poll_s=0.02
+        spec, load("demo"), folder, PlainDisplay(notes.append), command=command, backoff_s=1.0, poll_s=0.02
     )
+    slept: list[float] = []
+    monkeypatch.setattr(supervisor, "_sleep", slept.append)
     assert supervisor.run() == 0
-    assert [note.rpartition(" in ")[2] for note in notes if "starting again" in note] == ["1 s", "1 s", "2 s", "1 s"]
+    assert slept == [1.0, 2.0, 4.0, 1.0]
+    assert [note.rpartition(" in ")[2] for note in notes if "starting again" in note] == ["1 s", "2 s", "4 s", "1 s"]
 
 
 def test_restarts_without_a_newer_checkpoint_end_the_run(run: Run, tmp_path: Path) -> None:
@@ -160,9 +165,9 @@ def test_a_second_ctrl_c_kills(run: Run, tmp_path: Path) -> None:
         # of ranks that end by the first one the second would reach this process after the supervisor
         while len(list(tmp_path.glob("hangs-*"))) < 2:
             time.sleep(0.02)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt_twice)
     thread.start()

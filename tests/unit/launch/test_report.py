@@ -124,14 +124,14 @@ def test_lines_that_are_no_records_are_counted(tmp_path: Path) -> None:
     assert history.missing == ["metrics: 6 line(s) cannot be read"]
 
 
-def test_a_hundred_thousand_records_make_a_small_page(tmp_path: Path) -> None:
+def test_tens_of_thousands_of_records_make_a_small_page(tmp_path: Path) -> None:
     folder = make_run(str(tmp_path / "run"), attempts=((),))
     with open(tmp_path / "run/metrics/0000.jsonl", "w") as file:
-        base, now = record(1, 1.0), time.time() - 200_000
-        for step in range(1, 100_001):
+        base, now = record(1, 1.0), time.time() - 60_000
+        for step in range(1, 30_001):
             file.write(
                 json.dumps(
-                    {**base, "step": step, "total_steps": 100_000, "time": now + step, "loss": {"loss": 1 / step}}
+                    {**base, "step": step, "total_steps": 30_000, "time": now + step, "loss": {"loss": 1 / step}}
                 )
                 + "\n"
             )
@@ -139,7 +139,7 @@ def test_a_hundred_thousand_records_make_a_small_page(tmp_path: Path) -> None:
     loss = next(chart for chart in json.loads(found.data)["charts"] if chart["id"] == "loss")
     assert len(loss["traces"][0]["x"]) <= 2000
     assert loss["traces"][0]["y"][0] == 1.0
-    assert loss["traces"][0]["x"][-1] == 100_000
+    assert loss["traces"][0]["x"][-1] == 30_000
     assert (tmp_path / "run/report.html").stat().st_size < 3_500_000
 
 

@@ -29,7 +29,7 @@ def test_time_left_takes_each_phase_at_its_own_speed() -> None:
 
 
 def test_a_phase_to_come_is_guessed_by_its_pixels() -> None:
-    assert [phase.resolution for phase in PHASES] == [32, 64, 64]
+    assert [phase.resolution for phase in PHASES] == [16, 32, 32]
     left = time_left(PHASES, points((6, "low_resolution", 40.0)))
     assert left is not None
     assert left.seconds == pytest.approx(2 * 8 / 40.0 + 12 * 8 / (40.0 / 4))
