@@ -1,4 +1,4 @@
-"""The demo at a size for tests: the real data, codec, model and losses, a few seconds of training."""
+"""The demo at a size for tests: the real data, codec, model and losses at half the size, a few seconds of training."""
 
 from trainer.config import RunConfig
 from trainer.config_text import with_overrides
@@ -24,6 +24,14 @@ TINY = (
     "optim.warmup_steps=4",
     "ema.start_step=3",
 )
+
+DEMO_SIZES = (
+    "phases.low_resolution.resolution=32",
+    "phases.full_resolution.resolution=64",
+    "phases.perceptual.resolution=64",
+    "task.perceptual.tau_reference_px=64",
+)
+"""The demo's own, for tests of data that have these sizes."""
 
 
 def tiny(*overrides: str) -> RunConfig:

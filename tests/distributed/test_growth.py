@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tests.tiny import tiny
+from tests.tiny import DEMO_SIZES, tiny
 from trainer.parallel.world import World
 from trainer.preemption import StopRequest
 from trainer.run_folder import RunFolder
@@ -30,7 +30,7 @@ def train_all(world: World, folder: Path) -> dict[str, list[float]]:
     losses = {}
     for name, overrides in VARIANTS.items():
         config = tiny(
-            f"phases.low_resolution.steps={LOW}", f"phases.full_resolution.steps={HIGH}", "phases.perceptual.steps=1",
+            *DEMO_SIZES, f"phases.low_resolution.steps={LOW}", f"phases.full_resolution.steps={HIGH}", "phases.perceptual.steps=1",
             *(f"phases.{i}.batch_size=16" for i in range(3)), "checkpoint.every_steps=1000", *overrides,
         )  # fmt: skip
         run_folder = RunFolder(str(folder / name))

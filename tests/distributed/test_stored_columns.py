@@ -21,7 +21,7 @@ from tests.distributed.test_elastic import train
 from tests.distributed.test_training import losses
 from tests.stored_columns import Given, emoji, sidecars, write_dataset, write_samples
 from tests.text_models import write_clip
-from tests.tiny import tiny
+from tests.tiny import DEMO_SIZES, tiny
 from trainer.config import EncoderConfig, FrozenTextConfig, RunConfig, resolve_url
 from trainer.errors import ExitCode, UserError
 from trainer.models.autoencoders import Codec
@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow
 
 CODEC = resolve_url("repo://trainer/assets/demo_autoencoder")
 SHORT = (
+    *DEMO_SIZES,
     "phases.low_resolution.steps=2", "phases.full_resolution.steps=2", "phases.perceptual.steps=2",
     "checkpoint.every_steps=100", "data.num_workers=0",
 )  # fmt: skip

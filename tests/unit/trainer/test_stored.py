@@ -15,7 +15,7 @@ from data.reader import Dataset, open_dataset
 from data.schema import Sample
 from tests.stored_columns import EMOJI
 from tests.text_models import write_clip, write_t5
-from tests.tiny import tiny
+from tests.tiny import DEMO_SIZES, tiny
 from trainer.config import FrozenTextConfig, RunConfig, replace, resolve_url
 from trainer.errors import UserError
 from trainer.micro_batches import split
@@ -30,9 +30,7 @@ from trainer.stored_batch import known_states, scaled_latents
 from trainer.tasks.latent_diffusion import LatentDiffusionTask
 
 CPU = torch.device("cpu")
-LARGE = ("phases.full_resolution.resolution=64", "phases.perceptual.resolution=64")
-ONE_SIZE = ("phases.low_resolution.resolution=64", *LARGE, "data.latents=z")
-TWO_SIZES = ("phases.low_resolution.resolution=32", *LARGE)
+ONE_SIZE = (*DEMO_SIZES, "phases.low_resolution.resolution=64", "data.latents=z")
 
 
 def batch(latents: torch.Tensor | None, positions: list[int], size: int = 0) -> Batch:
@@ -135,11 +133,11 @@ def test_a_column_that_fits_is_taken(codec: Codec) -> None:
 
 
 def test_each_resolution_has_its_column(codec: Codec) -> None:
-    run = tiny(*TWO_SIZES, "data.latents=[small, large]")
+    run = tiny(*DEMO_SIZES, "data.latents=[small, large]")
     stored = check(run, {"small": column(codec, resolution=32), "large": column(codec)})
     assert {px: name for px, (name, _) in stored.latents["emoji"].items()} == {32: "small", 64: "large"}
     with pytest.raises(UserError, match=r"phase low_resolution is of 32 px, the columns of dataset emoji of 64 px"):
-        check(tiny(*TWO_SIZES, "data.latents=large"), {"large": column(codec)})
+        check(tiny(*DEMO_SIZES, "data.latents=large"), {"large": column(codec)})
     with pytest.raises(UserError, match=r"'large' of dataset emoji is of 64 px, as 'small' is"):
         check(run, {"small": column(codec), "large": column(codec)})
 

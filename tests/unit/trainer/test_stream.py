@@ -8,14 +8,12 @@ import pytest
 from data.reader import Dataset, open_dataset
 from data.schema import DATASET
 from tests.bucketed import picture, row, write_dataset
-from tests.tiny import tiny
+from tests.tiny import DEMO_SIZES, tiny
 from trainer.config import RunConfig, check_shape, size_multiple
 from trainer.errors import UserError
 from trainer.stream import plan_stream
 
 EMOJI = "data/assets/emoji_64"
-SIZES = tuple(f"phases.{name}.resolution={px}" for name, px in
-              (("low_resolution", 32), ("full_resolution", 64), ("perceptual", 64)))  # fmt: skip
 
 
 class AnyTask:
@@ -44,7 +42,7 @@ def planned(config: RunConfig, datasets: dict[str, Dataset]) -> Any:
 
 def config(url: str, *overrides: str, name: str = "x", **fields: str) -> RunConfig:
     of_set = "".join(f", {field}: {value}" for field, value in fields.items())
-    return tiny(f"data.datasets={{{name}: {{url: {url}{of_set}}}}}", *SIZES, *overrides)
+    return tiny(f"data.datasets={{{name}: {{url: {url}{of_set}}}}}", *DEMO_SIZES, *overrides)
 
 
 def test_buckets_give_shapes_and_a_warning_of_those_that_are_small(url: str) -> None:
