@@ -16,7 +16,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import losses
 from tests.distributed.test_variants import EMOJI
 from tests.stage1 import RUNNING_MEANS, stage1
-from tests.tiny import tiny
+from tests.tiny import DEMO_SIZES, tiny
 from trainer.config import RunConfig
 from trainer.errors import ExitCode, UserError
 from trainer.parallel.world import World
@@ -63,6 +63,7 @@ def write_sets(root: Path) -> None:
 
 def mixed(root: Path, *overrides: str) -> RunConfig:
     return tiny(
+        *DEMO_SIZES,  # smaller ones have fewer buckets
         f"data.datasets={{a: {{url: {root / 'a'}}}, b: {{url: {root / 'b'}, class_balanced: true}}}}",
         "data.buckets=true",
         "data.caption_weights={original: 1, short: 3}",
@@ -118,7 +119,7 @@ def on_one(world: World, root: Path) -> dict[str, Any]:
     wide = (
         f"data.datasets={{wide: {{url: {root / 'wide'}}}}}", "data.buckets=true", "data.num_workers=0",
     )  # fmt: skip
-    short = ("phases.low_resolution.resolution=64", *(f"phases.{name}.steps=1" for name in PHASES))
+    short = (*DEMO_SIZES, "phases.low_resolution.resolution=64", *(f"phases.{name}.steps=1" for name in PHASES))
     diffusion = {"unet": (UNET,), "pixart": (PIXART,), "dit": DIT, "mmdit": (MMDIT,)}
     for name, overrides in diffusion.items():
         runs[name] = attempt(world, tiny(*short, *wide, *overrides), str(root / name))

@@ -30,8 +30,9 @@ def train_all(world: World, folder: Path) -> dict[str, list[float]]:
     losses = {}
     for name, overrides in VARIANTS.items():
         config = tiny(
-            *DEMO_SIZES, f"phases.low_resolution.steps={LOW}", f"phases.full_resolution.steps={HIGH}", "phases.perceptual.steps=1",
-            *(f"phases.{i}.batch_size=16" for i in range(3)), "checkpoint.every_steps=1000", *overrides,
+            *DEMO_SIZES, f"phases.low_resolution.steps={LOW}", f"phases.full_resolution.steps={HIGH}",
+            "phases.perceptual.steps=1", "checkpoint.every_steps=1000",
+            *(f"phases.{i}.batch_size=16" for i in range(3)), *overrides,
         )  # fmt: skip
         run_folder = RunFolder(str(folder / name))
         run = Run(config, run_folder, world, StopRequest())
