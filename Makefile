@@ -63,7 +63,7 @@ export-check: setup ## export runs/demo, draw it in a new environment with torch
 test: setup ## all tests (under 15 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=30
 
-test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (half an hour on two cores; CI runs it too)
+test-slow: setup ## recordings, stops and hangs of whole runs, every recipe (20 minutes on two cores; CI runs it too)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile --durations=30
 
 test-long: setup ## experiments, the data chain and faults from end to end, killed workers on S3, what benchmarks compute (half an hour)

@@ -18,6 +18,7 @@ TINY = (
     "phases.perceptual.resolution=32",
     "phases.perceptual.batch_size=8",
     "metrics.every_steps=1",
+    "metrics.count_flops=false",
     "checkpoint.every_steps=5",
     "samples=null",
     "prompt_accuracy=null",

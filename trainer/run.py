@@ -146,7 +146,9 @@ class Run:
             self.validation = Validation(config, self.task, world, list(self.datasets.values()))
             warnings += self.validation.warnings
         images = ImageEvaluation(config, self.task, world, stop) if config.image_evaluation else None
-        flops = StepFlops(self.task.module, [module for module, _ in self.task.frozen_sharded()])
+        flops = StepFlops()
+        if config.metrics.count_flops:
+            flops = StepFlops(self.task.module, [module for module, _ in self.task.frozen_sharded()])
         for module, units in [(self.task.module, self.task.sharding_units()), *self.task.frozen_sharded()]:
             parallelize(module, units, world, config.parallel)
         flops.attach()

@@ -196,6 +196,7 @@ def test_metrics_of_a_real_run(runs) -> None:
     assert float(scraped["loupe_checkpoint_seconds_count"]) == 4
     assert float(scraped["loupe_checkpoint_last_success_timestamp_seconds"]) > last["time"] - 60
     assert float(scraped["loupe_peak_memory_bytes"]) > 50e6
+    assert float(scraped["loupe_flops_per_second"]) == float(scraped["loupe_mfu_ratio"]) == 0, "nothing was counted"
 
 
 def test_checkpoints_are_kept_and_retired(runs) -> None:

@@ -24,6 +24,7 @@ from trainer.run_folder import CONFIG, RunFolder
 
 ONE_PHASE = "phases=[{name: only, steps: 100000, resolution: 32, batch_size: 8, learning_rate: 1e-4}]"
 """For as long as a test looks."""
+SETTINGS = ("data.num_workers=0", "metrics.count_flops=true")
 RANKS = 2
 
 
@@ -116,7 +117,7 @@ def live_run(
     path, discovery = where / name, discovery or where / "discovery"
     path.mkdir(parents=True, exist_ok=True)
     discovery.mkdir(exist_ok=True)
-    (path / CONFIG).write_text(to_yaml(tiny("data.num_workers=0", f"metrics.discovery_dir={discovery}", *overrides)))
+    (path / CONFIG).write_text(to_yaml(tiny(*SETTINGS, f"metrics.discovery_dir={discovery}", *overrides)))
     command = [sys.executable, "-m", "tests.ops.live_run", "--run-dir", str(path), "--max-restarts", str(max_restarts)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(where / f"{name}.log", "ab") as log:

@@ -265,6 +265,8 @@ class MetricsConfig(Section):
     """Steps of such a window, at least."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Other places that get every interval's figures, from rank 0; each needs its package, an extra of Loupe."""
+    count_flops: bool = True
+    """What a step computes is counted once for each phase and shape of its batch, for the MFU: up to seconds each time."""
     peak_flops: PositiveFloat | None = None
     """Operations a second that one device can do, for the MFU; absent: from a table by the device's name, else measured."""
     bind_address: str | None = None
