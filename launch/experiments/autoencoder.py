@@ -12,7 +12,6 @@ import click
 from launch.experiments.jobs import (
     START_S,
     check_plan,
-    check_results,
     claim,
     counted,
     estimate,
@@ -100,9 +99,7 @@ def autoencoder(
         configs = _configs(folder, variants, size, unbuilt, lpips_weights)
         return _tell_plan(variants, configs, size, left_out, workers)
     jobs: list[Job] = []
-    if report_only:
-        check_results(folder, "data/split.json", "loupe experiment autoencoder")
-    else:
+    if not report_only:
         weights = weights_options(given)
         folders = _folders("--photos", photos)
         top = _folders("--ceiling-codec", (ceiling_codec,))[0] if ceiling_codec else None

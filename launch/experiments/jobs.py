@@ -167,19 +167,6 @@ def run_and_report(
     return report() or (0 if complete else 1)
 
 
-def check_results(folder: Path, file: str, command: str) -> None:
-    """Before a process is started for the report.
-
-    Args:
-        file: what an experiment that has begun has made.
-
-    Raises:
-        UserError: the folder holds no experiment.
-    """
-    if not (folder / "experiment.json").exists() or not (folder / file).exists():
-        raise UserError(f"{folder}: no experiment with results; run `{command}` first")
-
-
 def write_page(module: str, folder: Path, report: Path, page: str) -> int:
     """The report, by a process that may import torch."""
     code = run_module(module, str(folder), str(report))

@@ -11,7 +11,6 @@ import click
 
 from launch.experiments.jobs import (
     START_S,
-    check_results,
     claim,
     config_file,
     estimate,
@@ -124,9 +123,7 @@ def lpl(
         tell_missing(given)
         return _tell_plan(runs, size, left_out, workers)
     jobs: list[Job] = []
-    if report_only:
-        check_results(folder, "reference.json", "loupe experiment lpl")
-    else:
+    if not report_only:
         _prepare(folder, runs, chosen, size, weights_options(given))
         jobs = _jobs(folder, runs, size)
         if class_images is not None:
