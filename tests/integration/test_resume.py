@@ -72,11 +72,16 @@ def trace(folder: Path) -> list[tuple[int, dict[str, float], float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dict[str, float], float]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert finish(start(WITHOUT, folder)) == [0, 0]
     assert len(trace(folder)) == 20
-    return trace(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> list[tuple[int, dict[str, float], float]]:
+    return trace(finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
@@ -107,8 +112,7 @@ def test_a_killed_run_repeats_from_its_checkpoint_with_bit_equal_losses(undistur
     assert trace(folder) == undisturbed
 
 
-def test_a_finished_run_has_nothing_to_do(undisturbed, tmp_path_factory) -> None:
-    folder = next(tmp_path_factory.getbasetemp().glob("undisturbed*")) / "run"
-    before = (folder / "summary.json").stat().st_mtime
-    assert finish(start(WITHOUT, folder)) == [ExitCode.DONE] * WORLD_SIZE
-    assert (folder / "summary.json").stat().st_mtime == before
+def test_a_finished_run_has_nothing_to_do(finished: Path) -> None:
+    before = (finished / "summary.json").stat().st_mtime
+    assert finish(start(WITHOUT, finished)) == [ExitCode.DONE] * WORLD_SIZE
+    assert (finished / "summary.json").stat().st_mtime == before
